@@ -1,0 +1,29 @@
+"""The update rule, once per implementation, all with one contract.
+
+[Note: kernel]  A kernel is a function ``kernel(params, grads, exp_avgs, exp_infs, steps, hyper)``. It updates lists of
+equally long, equally typed tensors in place, with the bits of torch.optim.Adamax for the same flags. The gradients are
+its scratch: their values are undefined afterwards. ``steps`` counts the update that is being made, so the first is 1.
+
+    g   = -grad if maximize else grad;  g = g + weight_decay * param
+    m   = m + (1 - beta1) * (g - m)
+    u   = max(beta2 * u, |g| + eps)
+    param = param - lr / (1 - beta1 ** step) * m / u
+
+Source: Kingma and Ba, Adam: A Method for Stochastic Optimization, section 7.1; bit for bit, torch/optim/adamax.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sharded_adamax.kernels import eager, foreach
+from sharded_adamax.kernels.contract import Hyper, Kernel
+
+__all__ = ["Hyper", "Kernel", "choose"]
+
+
+def choose(use_foreach: bool | None, device: torch.device) -> Kernel:
+    """Return the kernel for a group's ``foreach``; None picks as torch does: foreach on CUDA, else the plain loop."""
+    if use_foreach is None:
+        use_foreach = device.type in ("cuda", "xpu")
+    return foreach.update_ if use_foreach else eager.update_

@@ -1,0 +1,41 @@
+"""The contract of a kernel. See [Note: kernel] in the package's docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of one parameter group, as read at this step."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Hyper:
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        # A 1-element tensor that is not 0-d would broadcast the arithmetic on it to one dimension.
+        lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+        return cls(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
+
+
+class Kernel(Protocol):
+    """See [Note: kernel]."""
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_infs: list[Tensor],
+        steps: Sequence[float],
+        hyper: Hyper,
+    ) -> None: ...

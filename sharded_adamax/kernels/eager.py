@@ -1,0 +1,34 @@
+"""The plain loop: the formula, one tensor at a time. The oracle of the other kernels.
+
+Source: ``_single_tensor_adamax`` in torch/optim/adamax.py, operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_adamax.kernels.contract import Hyper
+
+
+def update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_infs: list[Tensor],
+    steps: Sequence[float],
+    hyper: Hyper,
+) -> None:
+    """Update each tensor in its turn. See [Note: kernel]."""
+    for param, grad, exp_avg, exp_inf, step in zip(params, grads, exp_avgs, exp_infs, steps, strict=True):
+        if hyper.maximize:
+            grad.neg_()
+        if hyper.weight_decay != 0:
+            grad.add_(param, alpha=hyper.weight_decay)
+        exp_avg.lerp_(grad, 1 - hyper.beta1)
+        torch.maximum(exp_inf.mul_(hyper.beta2), grad.abs_().add_(hyper.eps), out=exp_inf)
+        # A tensor lr is divided in its own precision here, in double by foreach: so does torch.
+        step_size = hyper.lr / (1 - hyper.beta1**step)
+        param.addcdiv_(exp_avg, exp_inf, value=-step_size)
