@@ -1,0 +1,146 @@
+"""The border: what the constructor is given, checked once, before any rank waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_adamax.engine import Member, ParamGroup, hyper_line
+
+
+def process_group_of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
+    """Return the group that ``mesh`` stands for, or ``process_group``."""
+    if mesh is None:
+        return process_group
+    if process_group is not None:
+        raise ValueError("expected process_group or mesh, got both: pass one")
+    if mesh.ndim != 1:
+        raise NotImplementedError(
+            f"mesh with {mesh.ndim} dimensions is not implemented yet: expected a 1-D mesh; pass mesh['name'] of the "
+            "dimension to shard over"
+        )
+    return mesh.get_group()
+
+
+def refuse_unsupported(
+    *,
+    fused: bool | None,
+    reduce_dtype: torch.dtype | None,
+    master_dtype: torch.dtype | None,
+    state_format: str,
+    skip_nonfinite: bool,
+) -> None:
+    """Raise NotImplementedError naming the first argument whose capability does not exist yet."""
+    given = {
+        "fused": (fused, (None, False)),
+        "reduce_dtype": (reduce_dtype, (None,)),
+        "master_dtype": (master_dtype, (None,)),
+        "state_format": (state_format, ("full",)),
+        "skip_nonfinite": (skip_nonfinite, (False,)),
+    }
+    for name, (value, supported) in given.items():
+        if value not in supported:
+            raise NotImplementedError(f"{name}={value!r} is not implemented yet: expected {supported[0]!r}")
+
+
+def check_bucket_mib(bucket_mib: float) -> None:
+    """Raise ValueError where no bucket could hold anything."""
+    if not bucket_mib > 0:
+        raise ValueError(f"expected bucket_mib > 0, got {bucket_mib}")
+
+
+def check_groups(groups: Sequence[ParamGroup], first_group: int) -> None:
+    """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
+    for group in groups[first_group:]:
+        if group["differentiable"]:
+            raise NotImplementedError(
+                "differentiable=True is not supported: autograd cannot follow the update through the reduce-scatter of "
+                "the gradients and the all-gather of the parameters. Use torch.optim.Adamax"
+            )
+        if group["capturable"]:
+            raise NotImplementedError("capturable=True is not implemented yet: expected False")
+    members = members_of(groups, 0)
+    for member in members:
+        param = member.param
+        if type(param.data) is not Tensor:
+            raise NotImplementedError(
+                f"{member.name} is a {type(param.data).__name__}: expected a plain tensor. Parameters that are sharded "
+                "already (FSDP2, tensor parallelism) go with torch.optim.Adamax"
+            )
+        if param.is_complex():
+            raise NotImplementedError(f"{member.name} is complex ({param.dtype}): not implemented yet")
+        if param.layout is not torch.strided or param.is_meta:
+            raise ValueError(
+                f"{member.name}: expected a dense tensor with storage, got layout {param.layout} on {param.device}"
+            )
+    _refuse_shared_memory(members)
+
+
+def _refuse_shared_memory(members: Sequence[Member]) -> None:
+    """Two parameters over the same memory would become two: each gets a place of its own in a bucket."""
+    spans = []
+    for member in members:
+        if member.param.numel():
+            start = member.param.data_ptr()
+            last = sum(
+                (size - 1) * stride for size, stride in zip(member.param.shape, member.param.stride(), strict=True)
+            )
+            spans.append((start, start + (last + 1) * member.param.element_size(), member.name))
+    spans.sort()
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"{name} and {other} share memory but are different parameters: sharding would separate them. Tie "
+                "weights by using one Parameter object in both places"
+            )
+
+
+def common_device(groups: Sequence[ParamGroup]) -> torch.device:
+    """Return the device of all parameters.
+
+    Raises:
+        ValueError: There is more than one; names the first two parameters that differ.
+    """
+    members = members_of(groups, 0)
+    first = members[0]
+    for member in members:
+        if member.param.device != first.param.device:
+            raise ValueError(
+                f"expected all parameters on one device, got {first.name} on {first.param.device} and {member.name} on "
+                f"{member.param.device}"
+            )
+    return first.param.device
+
+
+def members_of(groups: Sequence[ParamGroup], first_group: int) -> list[Member]:
+    """Return the parameters of the groups from ``first_group`` on, each once, in order."""
+    members: dict[int, Member] = {}
+    for group_index, group in enumerate(groups):
+        if group_index < first_group:
+            continue
+        names: list[Any] = group.get("param_names", [])
+        for index, param in enumerate(group["params"]):
+            name = str(names[index]) if names else f"parameter {index} of group {group_index}"
+            members.setdefault(id(param), Member(param, name, group_index))
+    return list(members.values())
+
+
+def describe(groups: Sequence[ParamGroup], members: Sequence[Member], first_group: int) -> list[str]:
+    """Describe groups and parameters line by line, for comparison between ranks."""
+    lines = []
+    for group_index in range(first_group, len(groups)):
+        lines.append(hyper_line(group_index, groups[group_index]))
+        for member in members:
+            if member.group_index == group_index:
+                frozen = "" if member.param.requires_grad else ", frozen"
+                lines.append(
+                    f"{member.name} of shape {tuple(member.param.shape)} and dtype {member.param.dtype}{frozen} "
+                    f"in group {group_index}"
+                )
+    return lines

@@ -1,0 +1,344 @@
+"""The only room that talks to other ranks, and the only one that knows backends.
+
+[Note: data plane and control plane]  Gradients and parameters travel on the *data plane*: the process group of the
+parameters' device (NCCL on CUDA, gloo on the CPU). What ranks must agree on travels on the *control plane*: a CPU
+group, so that a decision taken on the host never waits for a device. Where the process group carries CPU tensors it
+serves as both; otherwise a gloo group over the same ranks is made beside it.
+
+[Note: why gloo does not get its own reduce-scatter]  gloo's reduce-scatter is an all-reduce and a slice, twice the
+traffic, and its broadcasts and all_to_all leave one direction of a full-duplex link idle. Point-to-point messages of
+about 1 MiB keep both directions busy and land where they belong. Summing in the order of the ranks makes the result
+independent of how parameters are packed into buckets.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_adamax.ranges import Range
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+MESSAGE_BYTES = 1 << 20
+# Tags of our messages stay in a block of their own, out of the way of small tags in the user's own send and recv.
+FIRST_TAG = 1 << 24
+NUM_TAGS = 1 << 24
+
+
+class Pending(Protocol[T_co]):
+    """A collective under way. ``wait`` may be called once and returns the result."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that live only until ``wait``: what is being sent, and where others' messages arrive."""
+
+    def wait(self) -> T_co: ...
+
+
+@dataclass
+class Traffic:
+    """What this rank asked of a group: calls by kind, and the bytes it handed over to be sent to other ranks."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+
+    def record(self, kind: str, sent_bytes: int) -> None:
+        self.calls[kind] += 1
+        self.sent_bytes[kind] += sent_bytes
+
+
+class ControlPlane:
+    """Small messages between the hosts of all ranks; a world of one where ``process_group`` is None."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self.rank = 0 if process_group is None else process_group.rank()
+        self.size = 1 if process_group is None else process_group.size()
+        self.traffic = Traffic()
+
+    def maximum(self, ballot: Tensor) -> Pending[Tensor]:
+        """Start the element-wise maximum of a small uint8 CPU tensor over the ranks. Modifies ``ballot`` in place."""
+        self.traffic.record("maximum", ballot.nbytes if self.size > 1 else 0)
+        if self._process_group is None:
+            return _Done(ballot)
+        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._process_group, async_op=True)
+        assert work is not None  # None is for ranks outside the group; control_plane refuses those
+        return _Native(work, ballot)
+
+    def exchange(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank. Small picklable objects only."""
+        self.traffic.record("exchange", 0)
+        if self._process_group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._process_group)
+        return values
+
+
+class Group(ABC):
+    """The ranks that share the optimizer's work. Every method is collective: all ranks call it, in the same order."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
+        """Start the sum of ``bucket``, shape (size * shard_numel,), over the ranks.
+
+        ``bucket`` must not change until the result was waited for.
+
+        Returns:
+            Pending; its result is this rank's shard of the sum, shape (shard_numel,), the caller's to modify.
+        """
+
+    @abstractmethod
+    def all_gather(self, bucket: Tensor) -> Pending[None]:
+        """Start filling ``bucket``, shape (size * shard_numel,), in place: each rank provides its own shard."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` in place with that of the group's first rank."""
+
+    @abstractmethod
+    def gather(self, shard: Tensor, to: int) -> Tensor | None:
+        """Return the shards of all ranks, one after another, on rank ``to``; None elsewhere."""
+
+
+@dataclass
+class _Done(Generic[T]):
+    result: T
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def wait(self) -> T:
+        return self.result
+
+
+class LocalGroup(Group):
+    """A world of one: the same code, no process group, nothing sent."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1)
+
+    def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
+        self.traffic.record("reduce_scatter", 0)
+        return _Done(bucket)
+
+    def all_gather(self, bucket: Tensor) -> Pending[None]:
+        self.traffic.record("all_gather", 0)
+        return _Done(None)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.traffic.record("broadcast", 0)
+
+    def gather(self, shard: Tensor, to: int) -> Tensor | None:
+        self.traffic.record("gather", 0)
+        return shard
+
+
+@dataclass
+class _Native(Generic[T]):
+    """A collective of torch.distributed. Holds the tensors it works on until waited for."""
+
+    work: dist.Work
+    result: T
+    keep_alive: Tensor | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.keep_alive is None else self.keep_alive.nbytes
+
+    def wait(self) -> T:
+        self.work.wait()
+        self.keep_alive = None
+        return self.result
+
+
+class ProcessGroup(Group):
+    """A torch.distributed process group and its own collectives: NCCL, XCCL and every backend but gloo."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        super().__init__(rank=process_group.rank(), size=process_group.size())
+        self._process_group = process_group
+
+    def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
+        shard = bucket.new_empty(bucket.numel() // self.size)
+        self.traffic.record("reduce_scatter", shard.nbytes * (self.size - 1))
+        # SUM, and the caller divides: ReduceOp.AVG was silently wrong on some releases (pytorch/pytorch#162338).
+        work = _reduce_scatter_single(shard, bucket, group=self._process_group, async_op=True)
+        return _Native(work, shard, keep_alive=bucket)
+
+    def all_gather(self, bucket: Tensor) -> Pending[None]:
+        shard = bucket[_shard_of(bucket, self.rank, self.size).as_slice()]
+        self.traffic.record("all_gather", shard.nbytes * (self.size - 1))
+        # In place: the output's own shard is the input. The parameters outlive the call, so nothing is kept alive here.
+        return _Native(_all_gather_single(bucket, shard, group=self._process_group, async_op=True), None)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.traffic.record("broadcast", tensor.nbytes if self.rank == 0 else 0)
+        dist.broadcast(tensor, group_src=0, group=self._process_group)
+
+    def gather(self, shard: Tensor, to: int) -> Tensor | None:
+        if self.rank != to:
+            self.traffic.record("gather", shard.nbytes)
+            dist.gather(shard, None, group_dst=to, group=self._process_group)
+            return None
+        self.traffic.record("gather", 0)
+        whole = shard.new_empty(self.size * shard.numel())
+        dist.gather(shard, list(whole.view(self.size, -1)), group_dst=to, group=self._process_group)
+        return whole
+
+
+@dataclass
+class _Messages(Generic[T]):
+    """Point-to-point messages under way, and what to do when all have arrived."""
+
+    works: list[dist.Work]
+    finish: Callable[[], T]
+    held_bytes: int
+
+    def wait(self) -> T:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+        return self.finish()
+
+
+class GlooGroup(ProcessGroup):
+    """gloo on CPU tensors: reduce-scatter and all-gather made of point-to-point messages. See the note above."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        super().__init__(process_group)
+        self._num_messages = 0  # the same on all ranks: every rank cuts every collective into the same messages
+
+    def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
+        rows = bucket.view(self.size, -1)  # row q is meant for rank q
+        received = rows.new_empty(rows.shape[1] * (self.size - 1)).view(self.size - 1, -1)
+        arrivals = {peer: received[i] for i, peer in enumerate(self._peers())}
+        arrivals[self.rank] = rows[self.rank]
+
+        def sum_in_rank_order() -> Tensor:
+            total = torch.add(arrivals[0], arrivals[1])
+            for peer in range(2, self.size):
+                total.add_(arrivals[peer])
+            arrivals.clear()
+            return total
+
+        works = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: arrivals[peer])
+        return _Messages(works, sum_in_rank_order, held_bytes=bucket.nbytes + received.nbytes)
+
+    def all_gather(self, bucket: Tensor) -> Pending[None]:
+        rows = bucket.view(self.size, -1)  # row q comes from rank q
+        works = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
+        return _Messages(works, lambda: None, held_bytes=0)
+
+    def _peers(self) -> list[int]:
+        """Return the other ranks, the next one first, so that not all ranks send to rank 0 at once."""
+        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
+
+    def _start(self, kind: str, *, send: Callable[[int], Tensor], receive: Callable[[int], Tensor]) -> list[dist.Work]:
+        """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``."""
+        row = send(self._peers()[0])
+        message_numel = MESSAGE_BYTES // row.element_size()
+        works = []
+        for start in range(0, row.numel(), message_numel):
+            part = slice(start, start + message_numel)
+            tag = FIRST_TAG + self._num_messages % NUM_TAGS
+            self._num_messages += 1
+            for peer in self._peers():
+                works.append(self._process_group.recv([receive(peer)[part]], peer, tag))
+                works.append(self._process_group.send([send(peer)[part]], peer, tag))
+        self.traffic.record(kind, row.nbytes * (self.size - 1))
+        return works
+
+
+# torch 2.13 renamed both and warns on the old names; earlier releases have only those.
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _shard_of(bucket: Tensor, rank: int, size: int) -> Range:
+    shard_numel = bucket.numel() // size
+    return Range(rank * shard_numel, (rank + 1) * shard_numel)
+
+
+# The CPU groups made beside groups that carry no CPU tensors: one for each, however often it is asked for.
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def control_plane(process_group: dist.ProcessGroup | None) -> ControlPlane:
+    """Return the control plane of ``process_group``. Collective where a CPU group has to be made.
+
+    Args:
+        process_group: The ranks that share the state; None for all. With torch.distributed not initialised: a world of
+            one.
+
+    Raises:
+        ValueError: This rank is not in ``process_group``, or torch.distributed is not initialised.
+    """
+    group = _resolve(process_group)
+    if group is None or _backend_name(group, torch.device("cpu")) is not None:
+        return ControlPlane(group)
+    if group not in _cpu_groups:
+        ranks = dist.get_process_group_ranks(group)
+        cpu_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="sharded_adamax")
+        assert isinstance(cpu_group, dist.ProcessGroup)
+        _cpu_groups[group] = cpu_group
+    return ControlPlane(_cpu_groups[group])
+
+
+def data_plane(process_group: dist.ProcessGroup | None, device: torch.device) -> Group:
+    """Return the group that carries tensors of ``device``, with the fastest primitives of its backend. Local.
+
+    Raises:
+        ValueError: The group's backend cannot reduce tensors of ``device``.
+    """
+    group = _resolve(process_group)
+    if group is None:
+        return LocalGroup()
+    backend = _backend_name(group, device)
+    if backend is None or (backend == "gloo" and device.type != "cpu"):
+        raise ValueError(
+            f"rank {group.rank()}: the parameters are on {device}, but the process group "
+            f"({dist.get_backend(group)}) has no backend for such tensors: initialise it with init_distributed(), "
+            "or move the model to the group's device before the optimizer is built"
+        )
+    return GlooGroup(group) if backend == "gloo" else ProcessGroup(group)
+
+
+def _resolve(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the process group to use; None for a world of one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                "process_group was given, but torch.distributed is not initialised: call init_distributed() first"
+            )
+        return None
+    group = process_group if process_group is not None else dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"rank {dist.get_rank()} is not a member of process_group (got {group!r}): build the optimizer only on "
+            "the ranks of the group, or pass the group that this rank belongs to"
+        )
+    return group if group.size() > 1 else None
+
+
+def _backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    try:
+        return str(group._get_backend(device).name())
+    except RuntimeError:  # "No backend type associated with device type ..."
+        return None

@@ -1,0 +1,302 @@
+"""`ShardedAdamax`: the optimizer as the user meets it. What happens in a step is in engine.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import ParamsT
+
+from sharded_adamax import agreement, arguments, loading
+from sharded_adamax.collectives import control_plane, data_plane
+from sharded_adamax.engine import Engine, HeldBytes, ParamGroup
+from sharded_adamax.layout import Layout
+from sharded_adamax.reduction import BackwardReduction
+from sharded_adamax.state import STATE_KEYS, gather_full
+
+StateDict = dict[str, Any]
+
+
+class ShardedAdamax(torch.optim.Adamax):
+    r"""torch.optim.Adamax with its state, its gradients and its work sharded over the ranks of a data-parallel job.
+
+    .. math::
+        g_t &= \tfrac{1}{N}\textstyle\sum_r \nabla f_r(\theta_{t-1}) + \lambda\,\theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, g_t \\
+        u_t &= \max(\beta_2 u_{t-1},\; |g_t| + \epsilon) \\
+        \theta_t &= \theta_{t-1} - \frac{\gamma}{1-\beta_1^t}\, \frac{m_t}{u_t}
+
+    Construction flattens the parameters into buckets, one bucket at a time, and overwrites them with those of the
+    group's first rank. From then on ``p.data`` is a view of a bucket: change values in place, and move or cast the
+    model before.
+
+    In backward the gradients of a bucket are moved out of ``p.grad`` (it becomes None) and reduce-scattered as soon as
+    all of them are there. `step` waits for bucket k, updates this rank's shard of it, launches its all-gather and goes
+    on to bucket k + 1; all parameters are complete when it returns.
+
+    Memory per rank, N ranks, P parameters of 4 bytes: 4P parameters + 4P/N gradient shard + 8P/N state + buckets in
+        flight.
+
+    All ranks construct the optimizer with the same parameters in the same order, run backward, and call `step`,
+    `zero_grad`, `add_param_group` and `full_state_dict` together.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs or group dicts. Names make errors readable.
+        lr, betas, eps, weight_decay, foreach, maximize: As in torch.optim.Adamax. ``foreach=None`` is the plain loop
+            on the CPU and
+            foreach on CUDA, as there.
+        differentiable: Refused: autograd cannot follow the update through a reduce-scatter.
+        capturable: Only False so far.
+        fused: Only None and False so far.
+        process_group: The ranks that share the state. Default: all. Not initialised: a world of one.
+        mesh: A 1-D DeviceMesh instead of ``process_group``.
+        reduce_gradients: True: this optimizer averages the gradients over the ranks; do not wrap the model in
+            DistributedDataParallel. False: they arrive averaged (DDP, Hugging Face Trainer, Lightning) and stay in
+            ``p.grad``.
+        reduce_dtype, master_dtype: Only None so far.
+        state_format: Only "full" so far.
+        bucket_mib: Size of a bucket in MiB. A larger parameter has a bucket of its own.
+        skip_nonfinite: Only False so far.
+
+    Raises:
+        ValueError: Bad hyper-parameters, in torch's words. On every rank: the ranks disagree; the message names the
+            first
+            difference.
+        NotImplementedError: An argument whose capability does not exist yet.
+
+    Example:
+        >>> context = init_distributed()
+        >>> model = torch.nn.Linear(10, 10).to(context.device)
+        >>> optimizer = ShardedAdamax(model.named_parameters(), lr=2e-3)
+        >>> model(torch.randn(4, 10, device=context.device)).square().mean().backward()
+        >>> optimizer.step()
+
+    Source: torch/optim/adamax.py, to the last bit given the same mean gradient (fp32 and fp64 on the CPU).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        reduce_gradients: bool = True,
+        reduce_dtype: torch.dtype | None = None,
+        master_dtype: torch.dtype | None = None,
+        state_format: str = "full",
+        bucket_mib: float = 25,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        self._engine: Engine | None = None  # while it is None, add_param_group only collects
+        self._consolidated: StateDict | None = None
+        process_group = arguments.process_group_of(process_group, mesh)
+        control = control_plane(process_group)
+
+        def build() -> None:
+            arguments.refuse_unsupported(
+                fused=fused,
+                reduce_dtype=reduce_dtype,
+                master_dtype=master_dtype,
+                state_format=state_format,
+                skip_nonfinite=skip_nonfinite,
+            )
+            arguments.check_bucket_mib(bucket_mib)
+            # torch's own constructor: its checks, its messages, its defaults.
+            super(ShardedAdamax, self).__init__(
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                foreach,
+                maximize=maximize,
+                differentiable=differentiable,
+                capturable=capturable,
+            )
+            arguments.check_groups(self.param_groups, first_group=0)
+            device = arguments.common_device(self.param_groups)
+            group = data_plane(process_group, device)
+            self._engine = Engine(
+                control,
+                group,
+                reduce_gradients=reduce_gradients,
+                bucket_bytes=int(bucket_mib * 2**20),
+            )
+
+        settings = f"reduce_gradients={reduce_gradients}, bucket_mib={bucket_mib}"
+        agreement.run_together(control, build, "building ShardedAdamax")
+        self._adopt(first_group=0, settings=[settings])
+
+    def _adopt(self, first_group: int, settings: list[str]) -> None:
+        """Compare the groups from ``first_group`` on between the ranks and take over their parameters. Collective."""
+        engine = self._get_engine()
+        members = arguments.members_of(self.param_groups, first_group)
+        agreement.compare(
+            engine.control,
+            settings + arguments.describe(self.param_groups, members, first_group),
+            "the arguments and parameters of ShardedAdamax",
+        )
+        engine.frozen += [m for m in members if not m.param.requires_grad]
+        engine.extend([m for m in members if m.param.requires_grad], self.state)
+
+    def _get_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("ShardedAdamax is not built: its constructor did not finish")
+        return self._engine
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank owns what. Parameters that are frozen and never had a gradient are not in it."""
+        return self._get_engine().layout
+
+    def held_bytes(self) -> HeldBytes:
+        """Return the bytes that this rank holds, counted from live tensors."""
+        return self._get_engine().held_bytes()
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group as torch.optim.Optimizer does. Collective after construction.
+
+        Raises:
+            ValueError, TypeError: In torch's words; or the ranks add different groups. The group is then not added.
+        """
+        engine = self._engine
+        if engine is None:
+            super().add_param_group(param_group)
+            return
+        first_group = len(self.param_groups)
+
+        def add() -> None:
+            super(ShardedAdamax, self).add_param_group(param_group)
+            arguments.check_groups(self.param_groups, first_group)
+            arguments.common_device(self.param_groups)
+
+        try:
+            agreement.run_together(engine.control, add, "adding a parameter group")
+            self._adopt(first_group, settings=[])
+        except Exception:
+            del self.param_groups[first_group:]
+            raise
+        self._consolidated = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one optimization step. Collective: all ranks take it, or none does.
+
+        Args:
+            closure: Reevaluates the model, runs backward and returns the loss.
+
+        Raises:
+            RuntimeError: On every rank, with nothing changed: a parameter was moved after construction, a gradient is
+                sparse,
+                hyper-parameters or (``reduce_gradients=False``) gradients differ between ranks, or this optimizer and
+                another wrapper both reduce gradients.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._consolidated = None
+        self._get_engine().step(self.param_groups, self.state)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, also those that backward has handed over since the last step.
+
+        Collective where backward ran since the last step: what was launched is completed first.
+        """
+        super().zero_grad(set_to_none)
+        self._get_engine().source.discard()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients in ``p.grad`` of this rank; the first backward outside reduces the sum.
+
+        With ``reduce_gradients=False`` use DistributedDataParallel's own no_sync.
+        """
+        source = self._get_engine().source
+        if not isinstance(source, BackwardReduction):
+            raise RuntimeError(
+                "no_sync() is for reduce_gradients=True; under DistributedDataParallel use model.no_sync()"
+            )
+        before, source.enabled = source.enabled, False
+        try:
+            yield
+        finally:
+            source.enabled = before
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the global norm of the gradients. Not there yet."""
+        raise NotImplementedError("clip_grad_norm_ is not implemented yet")
+
+    def overlap_forward(self, model: torch.nn.Module) -> None:
+        """Await the all-gathers in the next forward. Not there yet."""
+        raise NotImplementedError("overlap_forward is not implemented yet: step() returns with all parameters gathered")
+
+    def state_dict(self) -> StateDict:
+        """Return the state as torch.optim.Optimizer does, its tensors sharded. Never communicates.
+
+        On the rank that `consolidate_state_dict` gathered to, until the next step: the whole state, as plain tensors.
+        """
+        if self._consolidated is not None:
+            return self._consolidated
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a sharded state dict of this layout, or a plain torch.optim.Adamax one given to every rank. Local.
+
+        Raises:
+            ValueError: Groups or shapes that do not fit (in torch's words where torch has them), a missing state, or
+                shards
+                of another layout. Nothing was changed.
+        """
+        loading.load_state_dict(self, state_dict)
+        self._consolidated = None
+
+    def full_state_dict(self, to: int = 0) -> StateDict | None:
+        """Gather a plain torch.optim.Adamax state dict on rank ``to`` of the group. Collective.
+
+        Rank ``to`` holds the whole state in host memory, and one bucket of it on the device while gathering.
+
+        Returns:
+            On rank ``to`` a dict that torch.optim.Adamax loads, CPU tensors; None on the others.
+        """
+        engine = self._get_engine()
+        if not 0 <= to < engine.group.size:
+            raise ValueError(f"expected a rank from 0 to {engine.group.size - 1} for to, got {to}")
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        state: dict[int, dict[str, Tensor]] = {}
+        ids = {id(param): index for index, param in enumerate(params)}
+        for bucket in engine.buckets:
+            shapes = [param.shape for param in bucket.params]
+            for key in STATE_KEYS:
+                whole = gather_full(engine.group, bucket.layout, getattr(bucket, key), shapes, to)
+                for param, tensor in zip(bucket.params, whole, strict=False):  # whole is empty on the other ranks
+                    entry = state.setdefault(ids[id(param)], {"step": self.state[param]["step"].clone()})
+                    entry[key] = tensor
+        if engine.group.rank != to:
+            return None
+        groups = super().state_dict()["param_groups"]
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the state on rank ``to``, where `state_dict` then returns it whole until the next step. Collective.
+
+        The name and contract of torch.distributed.optim.ZeroRedundancyOptimizer.
+        """
+        self._consolidated = self.full_state_dict(to)

@@ -1,0 +1,210 @@
+"""A state as a sharded tensor that torch.distributed.checkpoint can write, read and reshard; full <-> sharded.
+
+[Note: FlatShard]  ``optimizer.state[p]["exp_avg"]`` has the shape of the parameter, so tools that match state to
+parameters by shape work, but holds only the elements that this rank owns: a flat range of it. To
+torch.distributed.checkpoint it presents that range as boxes. Nothing here communicates except `gather_full`.
+
+A FlatShard that happens to be whole (a world of one, or a parameter that lies inside one shard) behaves as the plain
+tensor it
+is: any operation, torch.save included. One that is not refuses whatever would need elements of other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from sharded_adamax.collectives import Group
+from sharded_adamax.layout import BucketLayout
+from sharded_adamax.ranges import Box, Range, boxes
+
+aten = torch.ops.aten
+STATE_KEYS = ("exp_avg", "exp_inf")
+
+
+class FlatShard(Tensor):
+    """This rank's part of a tensor of global shape ``shape``: the elements ``owned`` of the flattened tensor."""
+
+    local: Tensor  # (owned.numel,), a view of a bucket's shard or a copy of one
+    owned: Range
+
+    @staticmethod
+    def __new__(cls, local: Tensor, shape: Sequence[int], owned: Range) -> FlatShard:
+        if local.shape != (owned.numel,):
+            raise ValueError(f"expected a local tensor of shape ({owned.numel},), got {tuple(local.shape)}")
+        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
+        self.local = local
+        self.owned = owned
+        return self
+
+    def __init__(self, local: Tensor, shape: Sequence[int], owned: Range) -> None:
+        pass
+
+    @property
+    def is_whole(self) -> bool:
+        return self.owned.numel == self.numel()
+
+    def boxes(self) -> list[Box]:
+        return boxes(tuple(self.shape), self.owned)
+
+    def with_local(self, local: Tensor) -> FlatShard:
+        """Return the same part of the same global tensor with other values."""
+        return FlatShard(local, self.shape, self.owned)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, elements {self.owned.start}:{self.owned.stop} "
+            f"of {self.numel()})"
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0]
+        if func in _ON_LOCAL and isinstance(first, FlatShard):
+            return first.with_local(func(first.local, *args[1:], **kwargs))
+        if func in _ALLOCATING and isinstance(first, FlatShard):
+            return first.with_local(torch.empty_like(first.local, device=kwargs.get("device")))
+        if func is aten.copy_.default and _same_part(*args[:2]):
+            first.local.copy_(args[1].local)
+            return first
+        if func is aten.zero_.default:
+            first.local.zero_()
+            return first
+        shards = [value for value in (*args, *kwargs.values()) if isinstance(value, FlatShard)]
+        partial = next((shard for shard in shards if not shard.is_whole), None)
+        if partial is not None:
+            raise NotImplementedError(
+                f"{func} on a sharded optimizer state: this rank holds only elements {partial.owned.start}:"
+                f"{partial.owned.stop} of {partial.numel()}. Use .local for this rank's part, or "
+                "optimizer.full_state_dict(to=rank) on all ranks for whole tensors"
+            )
+
+        def plain(value: Any) -> Any:
+            return value.local.view(value.shape) if isinstance(value, FlatShard) else value
+
+        return func(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
+
+    # Pickle: torch.save on one rank would write that rank's part only, and nobody would notice until the resume.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.is_whole:
+            return self.local.detach().clone().view(self.shape).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"this is a sharded optimizer state (elements {self.owned.start}:{self.owned.stop} of {self.numel()} on "
+            "this rank): saving it with torch.save or pickle would lose the other ranks' parts. Call "
+            "sharded_adamax.save(path, model, optimizer) on all ranks, or optimizer.full_state_dict(to=0) "
+            "(consolidate_state_dict) on all ranks and torch.save its result on rank 0"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatShard:
+        if id(self) not in memo:
+            memo[id(self)] = self.with_local(self.local.detach().clone())
+        return cast(FlatShard, memo[id(self)])
+
+    # The protocol of torch.distributed.checkpoint for tensors that are sharded in their own way
+    # (torch/distributed/_checkpointable.py).
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(box),
+                    properties=TensorProperties.create_from_tensor(self.local),
+                    size=self.size(),
+                ),
+            )
+            for box in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(box) for box in self._chunks()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        start = 0
+        for box in self._chunks():
+            if torch.Size(box.offsets) == index.offset:
+                return self.local[start : start + box.numel].view(box.sizes)
+            start += box.numel
+        raise ValueError(f"{index} is not a part of {self!r}")
+
+    def _chunks(self) -> list[Box]:
+        # A tensor without elements still needs one chunk for its shape to be known in the file.
+        if self.numel() == 0:
+            return [Box((0,) * self.dim(), tuple(self.shape))]
+        return self.boxes()
+
+
+_ON_LOCAL = {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.alias.default}
+_ALLOCATING = {aten.new_empty.default, aten.empty_like.default}
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
+
+
+def _same_part(one: object, other: object) -> bool:
+    return (
+        isinstance(one, FlatShard)
+        and isinstance(other, FlatShard)
+        and one.shape == other.shape
+        and one.owned == other.owned
+    )
+
+
+def local_part(value: Tensor, target: FlatShard, name: str) -> Tensor:
+    """Return the elements of ``value`` that ``target`` owns, in the dtype and on the device of ``target``.
+
+    Args:
+        value: A whole tensor of the same shape, or a FlatShard of the same part.
+        target: The state to be filled.
+        name: For the message: "exp_avg of layer.weight".
+
+    Raises:
+        ValueError: Another shape, or a FlatShard of another part.
+    """
+    if tuple(value.shape) != tuple(target.shape):
+        raise ValueError(f"{name}: expected shape {tuple(target.shape)}, got {tuple(value.shape)}")
+    if not isinstance(value, FlatShard):
+        return value.detach().reshape(-1)[target.owned.as_slice()].to(target.device, target.dtype)
+    if value.owned == target.owned:
+        return value.local.to(target.device, target.dtype)
+    if value.is_whole:
+        return value.local[target.owned.as_slice()].to(target.device, target.dtype)
+    raise ValueError(
+        f"{name}: expected elements {target.owned.start}:{target.owned.stop} of the flattened tensor, got a shard of "
+        f"elements {value.owned.start}:{value.owned.stop}: it was made by another rank or world size. Use "
+        "sharded_adamax.save and load, which reshard, or full_state_dict()"
+    )
+
+
+def gather_full(
+    group: Group, bucket: BucketLayout, shard: Tensor, shapes: Sequence[Sequence[int]], to: int
+) -> list[Tensor]:
+    """Gather one state of one bucket. Collective.
+
+    Args:
+        shard: Shape (shard_numel,), this rank's.
+        shapes: The shape of the parameter in each slot.
+        to: The rank that receives.
+
+    Returns:
+        On rank ``to`` one new CPU tensor per slot, each of its own storage; elsewhere nothing.
+    """
+    if bucket.numel == 0:
+        return [torch.zeros(tuple(shape), dtype=shard.dtype) for shape in shapes] if group.rank == to else []
+    flat = group.gather(shard, to)
+    if flat is None:
+        return []
+    # clone, also from CPU to CPU: a view would keep the whole bucket alive and torch.save would write all of it.
+    return [
+        flat[slot.in_bucket.as_slice()].view(tuple(shape)).to("cpu", copy=True)
+        for slot, shape in zip(bucket.slots, shapes, strict=True)
+    ]

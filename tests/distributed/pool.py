@@ -1,0 +1,127 @@
+"""Real gloo ranks for the tests: processes that are started once and run one function after another."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+MAX_RANKS = 4
+
+
+@dataclass
+class Failure:
+    """An exception on a rank, in a form that travels."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+class RankFailed(AssertionError):
+    """At least one rank raised or did not come back."""
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        function, args, rank, world_size, store = task
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=30),
+            )
+            result = function(*args)
+        except BaseException as error:  # also SystemExit of a program under test
+            result = Failure(type(error).__name__, str(error), traceback.format_exc())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.send(result)
+
+
+class Pool:
+    """``run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks of a fresh process group."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._directory = tempfile.TemporaryDirectory()
+        self._num_runs = 0
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
+        """Return the results by rank.
+
+        Raises:
+            RankFailed: With the tracebacks of all ranks that raised, or the ranks that did not come back in time.
+        """
+        results = self.run_expecting_failures(world_size, function, *args, timeout_s=timeout_s)
+        failures = {rank: result for rank, result in enumerate(results) if isinstance(result, Failure)}
+        if failures:
+            texts = [f"--- rank {rank} ---\n{failure.traceback}" for rank, failure in failures.items()]
+            raise RankFailed("\n".join(texts))
+        return results
+
+    def run_expecting_failures(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
+    ) -> list[Any]:
+        """As `run`, but a rank that raises gives a Failure as its result."""
+        assert world_size <= MAX_RANKS
+        while len(self._workers) < world_size:
+            self._start_worker()
+        self._num_runs += 1
+        store = Path(self._directory.name) / f"store{self._num_runs}"
+        for rank in range(world_size):
+            self._workers[rank][1].send((function, args, rank, world_size, str(store)))
+        deadline = time.monotonic() + timeout_s
+        results: list[Any] = []
+        for rank in range(world_size):
+            process, connection = self._workers[rank]
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                self.close()
+                raise RankFailed(
+                    f"rank {rank} of {world_size} did not come back within {timeout_s} s (alive: {process.is_alive()})"
+                )
+            try:
+                results.append(connection.recv())
+            except EOFError:
+                process.join()
+                code = process.exitcode
+                self.close()
+                raise RankFailed(f"rank {rank} of {world_size} died with exit code {code}") from None
+        return results
+
+    def _start_worker(self) -> None:
+        ours, theirs = self._context.Pipe()
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
