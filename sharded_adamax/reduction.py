@@ -211,7 +211,13 @@ class BackwardReduction(GradientSource):
         self._note_peaks()
 
     def _note_peaks(self) -> None:
-        shards = sum(progress.shard.nbytes for progress in self._progress if progress.shard is not None)
+        # A bucket in flight counts with its shard, too: the result exists already or is about to.
+        in_flight = {index for index, _ in self._in_flight}
+        shards = sum(
+            bucket.param_shard.nbytes
+            for index, (bucket, progress) in enumerate(zip(self.buckets, self._progress, strict=True))
+            if progress.shard is not None or index in in_flight
+        )
         self.peaks.shard_bytes = max(self.peaks.shard_bytes, shards)
         self.peaks.bucket_bytes = max(
             self.peaks.bucket_bytes, sum(pending.held_bytes for _, pending in self._in_flight)

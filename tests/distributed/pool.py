@@ -121,7 +121,7 @@ class Pool:
 
     def close(self) -> None:
         for process, connection in self._workers:
-            connection.close()
             process.kill()
             process.join()
+            connection.close()
         self._workers.clear()
