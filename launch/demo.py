@@ -85,6 +85,7 @@ def train_command(number: int, plan: Plan) -> list[str]:
         f"--out={RUN}",
         f"--steps={STEPS}",
         f"--checkpoint-every={CHECKPOINT_EVERY}",
+        "--keep-checkpoints=1",  # nothing reads older ones, and each takes some 150 MB
         f"--bucket-mib={BUCKET_MIB}",
         *(["--resume"] if number > 1 else []),
     ]
@@ -194,12 +195,6 @@ def print_summary(lives: list[Life], seconds: list[float], pictures: list[Path])
         print(f"  {path}")
 
 
-def remove_old_checkpoints() -> None:
-    """Keep only the newest checkpoint: nothing reads the others any more, and each takes some 150 MB."""
-    for path in checkpoints()[:-1]:
-        shutil.rmtree(path)
-
-
 def main() -> int:
     """Run the demo; returns the exit status."""
     # Without this a SIGTERM would end the demo and leave the workers behind, in their own sessions.
@@ -213,7 +208,6 @@ def main() -> int:
             run_life(number, plan)
             seconds.append(time.monotonic() - began)
             check_life(read_lives(LOG), plan, resumed_step)
-            remove_old_checkpoints()
         lives = read_lives(LOG)
         check_end(lives)
     except DemoError as error:

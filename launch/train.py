@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from byte_model import ByteModel, ModelSizes
 from run_log import RunLog, layout_as_json
-from sharded_adamax import DistributedContext, ShardedAdamax, init_distributed, load, save
+from sharded_adamax import CheckpointManager, DistributedContext, ShardedAdamax, init_distributed
 from stdlib_text import Text, read_stdlib_text, sample_windows
 
 
@@ -41,6 +41,8 @@ class Options:
     lr: float
     seed: int
     checkpoint_every: int
+    keep_checkpoints: int
+    async_save: bool
     bucket_mib: float
     width: int
     layers: int
@@ -61,12 +63,12 @@ class Training:
 def train(options: Options, context: DistributedContext) -> None:
     """Train from the first step, or from the newest checkpoint, to the last step."""
     check_options(options, context.world_size)
-    checkpoint = newest_checkpoint(options)
+    checkpoints = open_checkpoints(options)
     text = read_stdlib_text()
     say(context, f"text: {text.num_files} files, {text.data.numel():,} bytes, sha256 {text.sha256}")
 
     training = build(options, context)
-    start_step = resume(checkpoint, training, text) if checkpoint else 0
+    start_step = resume(checkpoints, training, text)
     say(context, f"{context.world_size} rank(s), from step {start_step} to {options.steps}")
     log = start_log(options, context, training, start_step)
 
@@ -92,7 +94,8 @@ def train(options: Options, context: DistributedContext) -> None:
         if log:
             log.append("step", step=step, loss=mean_loss, seconds=seconds, tokens_per_second=rate)
         if step % options.checkpoint_every == 0 or step == options.steps:
-            save_checkpoint(options, training, text, step)
+            save_checkpoint(checkpoints, training, text, step)
+    checkpoints.close()
 
 
 def build(options: Options, context: DistributedContext) -> Training:
@@ -141,37 +144,37 @@ def warmup_then_cosine(step: int, total_steps: int) -> float:
     return min(1.0, (step + 1) / 10) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * progress)))
 
 
-def newest_checkpoint(options: Options) -> Path | None:
-    """Find where to go on; None to start anew.
-
-    `save` gives a directory its name when it is whole, so what is named like a step is complete.
-    """
-    folder = options.out / "checkpoints"
-    found = sorted(path for path in folder.glob("*") if path.name.isdigit())
-    if found and not options.resume:
+def open_checkpoints(options: Options) -> CheckpointManager:
+    """Open OUT/checkpoints; a run that has some already is gone on with only if asked to."""
+    manager = CheckpointManager(
+        options.out / "checkpoints", keep_last=options.keep_checkpoints, async_save=options.async_save
+    )
+    if manager.steps() and not options.resume:
         raise SystemExit(
-            f"expected no checkpoints in {folder}, got {len(found)}; "
+            f"expected no checkpoints in {manager.root}, got {len(manager.steps())}; "
             "pass --resume to go on from the newest, or another --out"
         )
-    return found[-1] if found else None
+    return manager
 
 
-def save_checkpoint(options: Options, training: Training, text: Text, step: int) -> None:
-    """Write a checkpoint; every rank writes its own shard of the state."""
-    extra = {"step": step, "scheduler": training.scheduler.state_dict(), "text_sha256": text.sha256}
-    save(options.out / "checkpoints" / f"{step:08d}", training.model, training.optimizer, extra=extra)
+def save_checkpoint(checkpoints: CheckpointManager, training: Training, text: Text, step: int) -> None:
+    """Save everything that a resume needs; every rank writes its own shard of the state."""
+    extra = {"scheduler": training.scheduler.state_dict(), "text_sha256": text.sha256}
+    checkpoints.save(step, training.model, training.optimizer, extra)
 
 
-def resume(checkpoint: Path, training: Training, text: Text) -> int:
-    """Load a checkpoint that any number of ranks wrote; returns the number of steps done."""
-    extra = load(checkpoint, training.model, training.optimizer)
+def resume(checkpoints: CheckpointManager, training: Training, text: Text) -> int:
+    """Load the newest whole checkpoint, which any number of ranks wrote; returns the number of steps done."""
+    restored = checkpoints.restore(training.model, training.optimizer)
+    if restored is None:
+        return 0
+    step, extra = restored
     if extra["text_sha256"] != text.sha256:
         raise SystemExit(
-            f"expected the text that {checkpoint} was trained on (sha256 {extra['text_sha256']}), "
+            f"expected the text that {checkpoints.root} was trained on (sha256 {extra['text_sha256']}), "
             f"got {text.sha256}; resume with the same Python version"
         )
     training.scheduler.load_state_dict(extra["scheduler"])
-    step: int = extra["step"]
     return step
 
 
@@ -244,6 +247,8 @@ def parse_options() -> Options:
     add("--lr", type=float, default=6e-3, help="learning rate after the warmup")
     add("--seed", type=int, default=0, help="seed of the parameters and of the batches")
     add("--checkpoint-every", type=positive, default=50, help="steps between checkpoints")
+    add("--keep-checkpoints", type=positive, default=3, help="how many of the newest checkpoints stay")
+    add("--async-save", action="store_true", help="write checkpoints in the background")
     add("--bucket-mib", type=float, default=25, help="size of a gradient bucket in MiB")
     add("--width", type=positive, default=128, help="size of the embeddings and hidden states")
     add("--layers", type=positive, default=2, help="transformer blocks")

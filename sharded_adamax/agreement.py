@@ -25,6 +25,10 @@ from sharded_adamax.collectives import ControlPlane, Pending
 class RemoteError(RuntimeError):
     """Another rank failed; this one stops with it."""
 
+    def __init__(self, message: str, error_type: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type  # the name of the other rank's exception class
+
 
 def raise_together(control: ControlPlane, error: Exception | None, doing: str) -> None:
     """Raise on every rank if ``error`` is set on any. Collective.
@@ -36,13 +40,13 @@ def raise_together(control: ControlPlane, error: Exception | None, doing: str) -
     Raises:
         The rank's own ``error``, or RemoteError with the first failing rank's message.
     """
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    messages = control.exchange(message)
+    errors = control.exchange(None if error is None else (type(error).__name__, str(error)))
     if error is not None:
         raise error
-    for rank, other in enumerate(messages):
+    for rank, other in enumerate(errors):
         if other is not None:
-            raise RemoteError(f"rank {rank} failed while {doing}; its error: {other}")
+            error_type, message = other
+            raise RemoteError(f"rank {rank} failed while {doing}; its error: {error_type}: {message}", error_type)
 
 
 def run_together(control: ControlPlane, action: Callable[[], None], doing: str) -> None:

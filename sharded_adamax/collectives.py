@@ -84,6 +84,26 @@ class ControlPlane:
         dist.all_gather_object(values, value, group=self._process_group)
         return values
 
+    def gather(self, value: T) -> list[T] | None:
+        """Return the values of all ranks on the first one, by rank; None elsewhere. Picklable objects."""
+        self.traffic.record("gather", 0)
+        if self._process_group is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._process_group, group_dst=0)
+        return values
+
+    def scatter(self, values: list[T] | None) -> T:
+        """Return the value that the first rank has for this one; ``values`` counts there only. Picklable objects."""
+        self.traffic.record("scatter", 0)
+        if self._process_group is None:
+            assert values is not None
+            return values[0]
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, values, group=self._process_group, group_src=0)
+        result: T = received[0]
+        return result
+
 
 class Group(ABC):
     """The ranks that share the optimizer's work. Every method is collective: all ranks call it, in the same order."""

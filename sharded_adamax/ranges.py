@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -49,6 +50,21 @@ class Box(NamedTuple):
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of ``multiple`` that is at least ``value``."""
     return -(-value // multiple) * multiple
+
+
+def cut_at_rows(shape: Sequence[int], flat: Range, max_numel: int) -> list[Range]:
+    """Cut a range of a row-major tensor into ranges of at most ``max_numel`` elements.
+
+    Whole rows stay together where they are that small. The cuts are at the same elements whatever the range, so shards
+    of different world sizes are cut along one grid.
+
+    Example: rows of 4, at most 10 elements: cuts at 0, 8, 16, ..., so Range(2, 17) gives 2..8, 8..16 and 16..17.
+    """
+    row_numel = math.prod(shape[1:])
+    step = max_numel // row_numel * row_numel if 0 < row_numel <= max_numel else max_numel
+    first = flat.start // step
+    cuts = [flat.start, *(n * step for n in range(first + 1, -(-flat.stop // step))), flat.stop]
+    return [Range(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 def boxes(shape: Sequence[int], flat: Range) -> list[Box]:

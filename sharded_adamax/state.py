@@ -12,6 +12,7 @@ is: any operation, torch.save included. One that is not refuses whatever would n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -21,10 +22,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from sharded_adamax.collectives import Group
 from sharded_adamax.layout import BucketLayout
-from sharded_adamax.ranges import Box, Range, boxes
+from sharded_adamax.ranges import Box, Range, boxes, cut_at_rows
 
 aten = torch.ops.aten
 STATE_KEYS = ("exp_avg", "exp_inf")
+# Files hold a state in pieces of at most this size. A rank that loads at another world size reads whole pieces, so
+# small ones keep it from reading much more than its shard; smaller still would only grow the metadata.
+CHUNK_BYTES = 1 << 20
 
 
 class FlatShard(Tensor):
@@ -49,8 +53,21 @@ class FlatShard(Tensor):
     def is_whole(self) -> bool:
         return self.owned.numel == self.numel()
 
-    def boxes(self) -> list[Box]:
-        return boxes(tuple(self.shape), self.owned)
+    @cached_property
+    def chunks(self) -> dict[tuple[int, ...], tuple[Box, Range]]:
+        """The boxes by which files know this part, by their first corner, each with its place in ``local``."""
+        # A tensor without elements still needs one chunk for its shape to be known in the file.
+        if self.numel() == 0:
+            nothing = Box((0,) * self.dim(), tuple(self.shape))
+            return {nothing.offsets: (nothing, Range(0, 0))}
+        shape = tuple(self.shape)
+        found = {}
+        start = 0
+        for part in cut_at_rows(shape, self.owned, max(1, CHUNK_BYTES // self.dtype.itemsize)):
+            for box in boxes(shape, part):
+                found[box.offsets] = (box, Range(start, start + box.numel))
+                start += box.numel
+        return found
 
     def with_local(self, local: Tensor) -> FlatShard:
         """Return the same part of the same global tensor with other values."""
@@ -121,25 +138,18 @@ class FlatShard(Tensor):
                     size=self.size(),
                 ),
             )
-            for box in self._chunks()
+            for box, _ in self.chunks.values()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(box) for box in self._chunks()]
+        return [_chunk(box) for box, _ in self.chunks.values()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        start = 0
-        for box in self._chunks():
-            if torch.Size(box.offsets) == index.offset:
-                return self.local[start : start + box.numel].view(box.sizes)
-            start += box.numel
-        raise ValueError(f"{index} is not a part of {self!r}")
-
-    def _chunks(self) -> list[Box]:
-        # A tensor without elements still needs one chunk for its shape to be known in the file.
-        if self.numel() == 0:
-            return [Box((0,) * self.dim(), tuple(self.shape))]
-        return self.boxes()
+        place = self.chunks.get(tuple(index.offset or ()))
+        if place is None:
+            raise ValueError(f"{index} is not a part of {self!r}")
+        box, in_local = place
+        return self.local[in_local.as_slice()].view(box.sizes)
 
 
 _ON_LOCAL = {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.alias.default}

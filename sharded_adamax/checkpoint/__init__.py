@@ -1,5 +1,7 @@
-"""Checkpoints of model and optimizer, through torch.distributed.checkpoint: any number of ranks to any other."""
+"""Checkpoints of model and optimizer: whole or not there, verified, for any number of ranks."""
 
-from sharded_adamax.checkpoint.directory import load, save
+from sharded_adamax.checkpoint.api import load, save
+from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from sharded_adamax.checkpoint.manager import CheckpointManager
 
-__all__ = ["load", "save"]
+__all__ = ["CheckpointDamagedError", "CheckpointError", "CheckpointManager", "load", "save"]

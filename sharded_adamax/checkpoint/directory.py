@@ -1,136 +1,242 @@
 """A checkpoint is one directory, written by all ranks together: there whole, or not there.
 
-[Note: how a directory comes to be]  All ranks write into a hidden directory beside the final one; when the last file
-is there the first rank renames it. A crash leaves at most a hidden directory, which the next save to the same path
-removes.
+[Note: protocol]
+
+::
+
+    .NAME.incomplete/      made by the first rank
+        __R_0.distcp       each rank R writes its records, fsync
+        __R.part           each rank says what it wrote, fsync, renamed into place: its part is done
+        .metadata          the first rank, when all parts are there: for torch.distributed.checkpoint; fsync
+        manifest.json      the first rank, fsync; parts removed; directory fsynced
+    NAME/                  renamed; parent directory fsynced. From here on the checkpoint exists
+
+Nothing is overwritten in place. A crash leaves a hidden directory, which is never read and which the next save to the
+same name removes. After planning, no step needs a collective, so the same protocol runs in a background thread.
 """
 
 from __future__ import annotations
 
-import io
+import datetime
 import os
-import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.optim import Optimizer
+from torch.distributed.checkpoint.metadata import Metadata
 
-from sharded_adamax import agreement
-from sharded_adamax.collectives import control_plane
+from sharded_adamax.agreement import run_together
+from sharded_adamax.checkpoint import disk, foreign, manifest, parts, writing
+from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
+from sharded_adamax.checkpoint.manifest import Manifest
+from sharded_adamax.collectives import ControlPlane
 
-# One key per parameter and state, not one per parameter number: numbers change when a model is edited, names do not.
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_EXTRA = "extra"
+# How long the first rank waits for the others' parts once its own is written. They write at the same time and as much.
+PARTS_TIMEOUT_SECONDS = 1800.0
+EXIT_TIMEOUT_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 
 
-def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, extra: Any = None) -> None:
-    """Write model, optimizer state and ``extra`` to a new directory. Collective: every rank of the job calls it.
+def incomplete(final: Path) -> Path:
+    """Return the name under which ``final`` is written."""
+    return final.with_name(f".{final.name}.incomplete")
 
-    Each rank writes its shard of the state and its part of the model. The files are those of
-    torch.distributed.checkpoint, with keys ``model.<name>``, ``optim.state.<name>.exp_avg`` and so on.
+
+@dataclass(frozen=True)
+class Header:
+    """What a manifest says beside the files."""
+
+    run_id: str
+    step: int | None
+    metric: float | None
+    layout_digest: str | None
+
+
+class Save:
+    """One save of one rank after planning: write my part, then (first rank) commit. No collectives."""
+
+    def __init__(self, control: ControlPlane, final: Path, header: Header, planned: writing.RankPlan) -> None:
+        self.rank = control.rank
+        self.world_size = control.size
+        self.final = final
+        self.directory = incomplete(final)
+        self.header = header
+        self._items = planned.items
+        self._metadata = planned.metadata
+        self.cancelled = threading.Event()  # some rank will never write its part
+
+    def write(self) -> None:
+        """Write this rank's records and its part file.
+
+        Raises:
+            CheckpointError: The disk refused, with its reason.
+        """
+        try:
+            stream = writing.RecordStream(self._items, f"__{self.rank}_0.distcp")
+            disk.write_file(self.directory / stream.file, stream)
+            self._items = []
+            # The part appears under its name only when it is whole.
+            unfinished = self.directory / f".{parts.name(self.rank)}"
+            disk.write_file(unfinished, [parts.to_json(stream.written())])
+            disk.rename(unfinished, self.directory / parts.name(self.rank))
+        except OSError as error:
+            raise CheckpointError(
+                f"rank {self.rank} cannot write {self.final}: {error}. Earlier checkpoints are untouched"
+            ) from error
+
+    def commit(self, after: Callable[[], None] | None = None) -> None:
+        """Make the checkpoint exist, when all parts are there. First rank only.
+
+        Args:
+            after: Called when the checkpoint is durable.
+        """
+        try:
+            self._wait_for_parts()
+            written = [self._read_part(rank) for rank in range(self.world_size)]
+            assert self._metadata is not None
+            whole = self._manifest(written, self._metadata)
+            dcp_bytes = foreign.metadata_bytes(self._metadata, whole)
+            whole.files[foreign.METADATA_NAME] = manifest.file_of(dcp_bytes)
+            disk.write_file(self.directory / foreign.METADATA_NAME, [dcp_bytes])
+            disk.write_file(self.directory / manifest.MANIFEST_NAME, [whole.to_json()])
+            for rank in range(self.world_size):
+                disk.remove_file(self.directory / parts.name(rank))
+            disk.sync_directory(self.directory)
+            disk.rename(self.directory, self.final)
+            disk.sync_directory(self.final.parent)
+            if after is not None:
+                after()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot complete {self.final}: {error}. Earlier checkpoints are untouched"
+            ) from error
+
+    def abandon(self) -> None:
+        """Remove what was written, if the checkpoint does not exist yet. First rank only."""
+        disk.remove_directory(self.directory)
+
+    def _wait_for_parts(self) -> None:
+        deadline = time.monotonic() + PARTS_TIMEOUT_SECONDS
+        exiting = False
+        missing = list(range(self.world_size))
+        while missing:
+            missing = [rank for rank in missing if not (self.directory / parts.name(rank)).exists()]
+            if not exiting and not threading.main_thread().is_alive():
+                exiting = True
+                # The job is ending. Ranks that end with it are about to be done; one that has died never will be.
+                deadline = min(deadline, time.monotonic() + EXIT_TIMEOUT_SECONDS)
+            if missing and (self.cancelled.is_set() or time.monotonic() > deadline):
+                raise CheckpointError(f"{self.final} was not completed: no part of ranks {missing}")
+            if missing:
+                time.sleep(_POLL_SECONDS)
+
+    def _read_part(self, rank: int) -> writing.Written:
+        return parts.parse((self.directory / parts.name(rank)).read_bytes())
+
+    def _manifest(self, written: list[writing.Written], metadata: Metadata) -> Manifest:
+        chunks: dict[str, list[manifest.Chunk]] = {}
+        for part in written:
+            for name, chunk in part.chunks:
+                chunks.setdefault(name, []).append(chunk)
+        tensors = {
+            name: manifest.StoredTensor(shape, dtype, tuple(chunks.get(name, ())))
+            for name, (shape, dtype) in writing.shapes_and_dtypes(metadata).items()
+        }
+        return Manifest(
+            run_id=self.header.run_id,
+            save_id=uuid.uuid4().hex,
+            step=self.header.step,
+            metric=self.header.metric,
+            world_size=self.world_size,
+            layout_digest=self.header.layout_digest,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            torch_version=str(torch.__version__),
+            files={part.file: part.stored for part in written},
+            tensors=tensors,
+            values={name: record for part in written for name, record in part.values},
+        )
+
+
+def start(control: ControlPlane, final: Path, state: dict[str, Any], header: Header, *, snapshot: bool) -> Save:
+    """Make the directory and decide who writes what. Collective.
 
     Args:
-        path: Must not exist; its parents are made.
-        extra: Anything that ``torch.load(weights_only=True)`` reads: numbers, strings, lists, dicts, tensors. That of
-            the
-            first rank is kept.
+        state: What to save, nested as torch.distributed.checkpoint nests it.
+        snapshot: Copy everything to host memory first, for a save in the background.
 
     Raises:
-        FileExistsError: On every rank: there is something at ``path`` already.
-        ValueError: On every rank: ``extra`` holds other objects.
+        FileExistsError: ``final`` exists. On every rank.
+        CheckpointError: The directory cannot be made. On every rank.
     """
-    control = control_plane(None)
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.incomplete")
-    tensors: dict[str, Any] = {}
 
     def prepare() -> None:
         if control.rank == 0:
             if final.exists():
                 raise FileExistsError(f"{final} exists: a checkpoint is never overwritten, save to a new path")
-            tensors[_EXTRA] = _to_bytes(extra)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            try:
+                disk.remove_directory(incomplete(final))
+                disk.make_directory(incomplete(final))
+            except OSError as error:
+                raise CheckpointError(f"cannot make {incomplete(final)}: {error}") from error
 
-    agreement.run_together(control, prepare, f"preparing {final}")
-    tensors["model"] = get_model_state_dict(model)
-    tensors["optim"] = _without_param_names(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
-    dcp_save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-
-    def publish() -> None:
-        if control.rank == 0:
-            temporary.rename(final)
-
-    agreement.run_together(control, publish, f"publishing {final}")
+    run_together(control, prepare, f"preparing {final}")
+    planned = writing.plan(control, state)
+    if snapshot:
+        planned = writing.RankPlan(writing.snapshot(planned.items), planned.metadata)
+    return Save(control, final, header, planned)
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> Any:
-    """Read a checkpoint of any world size into model and optimizer, in place. Collective.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint directory whose manifest or metadata was read and found in order."""
 
-    Returns:
-        What was given to `save` as ``extra``.
+    directory: Path
+    manifest: Manifest | None  # None: written by another program
+    metadata: Metadata
+
+
+def open_checkpoint(directory: Path, *, verify: bool) -> Opened:
+    """Read what a checkpoint consists of and check that its files are there and of the right size. Local.
+
+    Args:
+        verify: Refuse a checkpoint without a manifest, and files of another size.
 
     Raises:
-        FileNotFoundError: On every rank: there is no complete checkpoint at ``path``.
+        FileNotFoundError: There is no such directory.
+        CheckpointDamagedError: Names the file and what is wrong with it.
+        CheckpointError: No manifest, with ``verify``.
     """
-    control = control_plane(None)
-    directory = Path(path)
-
-    def check() -> None:
-        if not (directory / ".metadata").is_file():
-            raise FileNotFoundError(f"rank {control.rank} finds no complete checkpoint at {directory}")
-
-    agreement.run_together(control, check, f"opening {directory}")
-    reader = FileSystemReader(directory)
-    extra_metadata = reader.read_metadata().state_dict_metadata[_EXTRA]
-    extra = torch.empty(extra_metadata.size, dtype=torch.uint8)  # type: ignore[union-attr]
-    model_state = get_model_state_dict(model)
-    # These are the live tensors: torch.distributed.checkpoint reads straight into the shards.
-    optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    param_names = {key: value for key, value in optimizer_state.items() if _is_param_names(key)}
-    tensors: dict[str, Any] = {"model": model_state, "optim": _without_param_names(optimizer_state), _EXTRA: extra}
-    dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, model_state)
-    set_optimizer_state_dict(model, optimizer, {**tensors["optim"], **param_names}, options=_OPTIONS)
-    return _from_bytes(extra)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint at {directory}")
+    path = directory / manifest.MANIFEST_NAME
+    if path.is_file():
+        found = manifest.parse(path.read_bytes(), path)
+        if verify:
+            _check_sizes(directory, found)
+        return Opened(directory, found, foreign.dcp_metadata(found.tensors, found.values))
+    foreign_path = directory / foreign.METADATA_NAME
+    if not foreign_path.is_file():
+        raise CheckpointDamagedError(f"{path} is missing: {directory} is not a complete checkpoint, use another")
+    if verify:
+        raise CheckpointError(
+            f"{path} is missing: either it was lost, or another program wrote {directory}, and nothing says whether "
+            "its files are whole. Pass verify=False to read it as it is"
+        )
+    return Opened(directory, None, foreign.dcp_metadata(*foreign.read_metadata(foreign_path)))
 
 
-def _is_param_names(key: str) -> bool:
-    return key.startswith("param_groups.") and key.endswith(".param_names")
-
-
-def _without_param_names(state: dict[str, Any]) -> dict[str, Any]:
-    # torch would repeat the names of a whole group under every parameter, and other programs' files do not have them.
-    return {key: value for key, value in state.items() if not _is_param_names(key)}
-
-
-def _to_bytes(extra: Any) -> Tensor:
-    """Serialise to a uint8 tensor. As a tensor it is read back without torch.distributed.checkpoint unpickling it."""
-    file = io.BytesIO()
-    torch.save(extra, file)
-    data = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
-    try:
-        _from_bytes(data)
-    except Exception as error:
-        raise ValueError(
-            "extra holds objects that torch.load(weights_only=True) refuses: keep numbers, strings, lists, dicts and "
-            f"tensors in it, for example the state_dict() of a scheduler ({error})"
-        ) from error
-    return data
-
-
-def _from_bytes(data: Tensor) -> Any:
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+def _check_sizes(directory: Path, found: Manifest) -> None:
+    for name, stored in found.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointDamagedError(f"{path} is missing: use another checkpoint")
+        size = os.path.getsize(path)
+        if size != stored.bytes:
+            raise CheckpointDamagedError(
+                f"{path} has {size} bytes, expected {stored.bytes}: it was cut or replaced, use another checkpoint"
+            )

@@ -153,7 +153,7 @@ def test_bad_paths_and_extras_fail_on_all_ranks_together(ranks: Pool, tmp_path: 
     first, second = ranks.run(2, _save_twice, str(tmp_path / "checkpoint"))
     assert "FileExistsError" in first[0] and "RemoteError: rank 0" in second[0] and "exists" in second[0]
     assert "weights_only" in first[1] and "weights_only" in second[1]
-    assert "no complete checkpoint" in first[2] and "no complete checkpoint" in second[2]
+    assert "there is no checkpoint" in first[2] and "there is no checkpoint" in second[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
@@ -238,3 +238,46 @@ def test_torch_save_of_a_sharded_state_names_the_remedy(ranks: Pool, tmp_path: P
     for messages in ranks.run(2, _pickle_sharded, str(tmp_path / "state")):
         assert len(messages) == 2
         assert all("full_state_dict" in message and "sharded_adamax.save" in message for message in messages)
+
+
+def _micro(step: int, part: int, params: list[nn.Parameter]) -> list[torch.Tensor | None]:
+    return [gradient(100 * step + part, dist.get_rank(), i, p) for i, p in enumerate(params)]
+
+
+def _accumulating_run(path: str, save_in_step: int | None, first_step: int, resume: bool) -> list[torch.Tensor]:
+    """Six steps of three backward passes with a scheduler; a save falls between the passes of one step."""
+    model = Zoo(torch.float32, seed=5 if resume else 0)
+    optimizer = _optimizer(model, lr=3.0 if resume else 1e-2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    if resume:
+        scheduler.load_state_dict(load(path, model, optimizer)["scheduler"])
+        save(path + "again", model, optimizer, extra={"scheduler": scheduler.state_dict()})  # right after load
+        scheduler.load_state_dict(load(path + "again", model, optimizer)["scheduler"])
+    params = _ordered(optimizer)
+    for step in range(first_step, 6):
+        backward(params, _micro(step, 0, params))  # its buckets are being reduced from here on
+        backward(params, _micro(step, 1, params))  # these gradients are still in p.grad
+        if step == save_in_step:
+            save(path, model, optimizer, extra={"scheduler": scheduler.state_dict()})
+        backward(params, _micro(step, 2, params))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    shards = [optimizer.state[param][key].local for param in params for key in ("exp_avg", "exp_inf")]
+    return [tensor.detach().clone() for tensor in (*params, *shards)]
+
+
+def _save_between_passes(path: str) -> None:
+    undisturbed = _accumulating_run(path, None, 0, resume=False)
+    saving = _accumulating_run(path, 3, 0, resume=False)
+    resumed = _accumulating_run(path, None, 3, resume=True)  # the step that was under way is done again
+    for index, tensors in enumerate(zip(undisturbed, saving, resumed, strict=True)):
+        assert_same_bits(tensors[1], tensors[0], f"tensor {index} of the run that saved")
+        assert_same_bits(tensors[2], tensors[0], f"tensor {index} of the run that resumed")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_save_while_gradients_are_reduced_and_accumulated_disturbs_nothing_and_resumes_exactly(
+    ranks: Pool, tmp_path: Path, world_size: int
+) -> None:
+    ranks.run(world_size, _save_between_passes, str(tmp_path / "checkpoint"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sharded_adamax import ShardedAdamax
@@ -288,3 +289,32 @@ def _low_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_without_a_master_is_adamax_in_that_precision(ranks: Pool, dtype: torch.dtype) -> None:
     ranks.run(3, _low_precision, dtype)
+
+
+def _in_a_subgroup(as_mesh: bool) -> None:
+    """Ranks 1 and 2 of three share a state; in the group they are 0 and 1."""
+    rank = dist.get_rank()
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return
+    params, expected = make_params(torch.float32, seed=rank), make_params(torch.float32, seed=1)
+    mesh = DeviceMesh.from_group(group, "cpu") if as_mesh else None
+    optimizer = ShardedAdamax(params, bucket_mib=0.01, process_group=None if as_mesh else group, mesh=mesh)
+    reference = torch.optim.Adamax(expected)
+    assert optimizer.layout.world_size == 2
+    for step in range(3):
+        backward(params, [gradient(step, rank - 1, i, p) for i, p in enumerate(params)])
+        for param, mean in zip(expected, mean_gradients(step, expected, 2), strict=True):
+            param.grad = mean
+        optimizer.step()
+        reference.step()
+        _compare(params, expected, f"after step {step}")
+    full = optimizer.full_state_dict(to=1)
+    assert (full is None) == (rank == 1), "`to` is a rank of the group"
+    if full is not None:
+        assert_same_state(full, reference)
+
+
+@pytest.mark.parametrize("as_mesh", [False, True])
+def test_a_subgroup_shards_over_its_own_ranks(ranks: Pool, as_mesh: bool) -> None:
+    ranks.run(3, _in_a_subgroup, as_mesh)

@@ -68,7 +68,7 @@ def test_a_run_logs_every_step_and_checkpoints_in_between_and_at_the_end(
     out, steps = uninterrupted
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(step["world_size"] == 2 and step["life"] == 1 for step in steps)
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["00000003", "00000006"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [".lock", "00000003", "00000006", "latest"]
 
 
 def test_resumed_on_as_many_ranks_the_losses_are_the_same_bits(

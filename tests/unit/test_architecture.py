@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "sharded_adamax"
 
 # Room -> rooms it may import from. What is not in the table is not in the house.
 MAY_IMPORT: dict[str, set[str]] = {
+    "__main__": {"cli"},
+    "cli": {"checkpoint"},
     "__init__": {"bootstrap", "checkpoint", "optimizer"},
     "checkpoint": {"agreement", "collectives", "layout", "ranges", "state"},
     "optimizer": {"agreement", "arguments", "collectives", "engine", "layout", "loading", "reduction", "state"},
@@ -101,5 +103,5 @@ def test_the_table_goes_down_the_page() -> None:
 
 
 def test_files_stay_readable() -> None:
-    lengths = {path.name: len(source.splitlines()) for path, source in _sources().items()}
+    lengths = {str(path): len(source.splitlines()) for path, source in _sources().items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}

@@ -1,0 +1,38 @@
+"""One job per directory: a lock that the operating system drops when its holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from sharded_adamax.checkpoint.errors import CheckpointError
+
+LOCK_NAME = ".lock"
+
+
+class DirectoryLock:
+    """Held from construction until `release` or the end of the process, however it ends."""
+
+    def __init__(self, root: Path) -> None:
+        # Not deleted on release: a second job could then lock the old file while a third locks a new one.
+        self._file = open(root / LOCK_NAME, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read()
+            self._file.close()
+            raise CheckpointError(
+                f"another job writes checkpoints to {root}: {holder.strip() or 'it did not say who'}. Give each job a "
+                "directory of its own, or stop the other one"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another job have the directory."""
+        self._file.close()
