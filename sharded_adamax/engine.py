@@ -83,8 +83,7 @@ class Engine:
         for bucket_layout in self.layout.buckets[len(self.buckets) :]:
             owners = [members[slot.param - offset] for slot in bucket_layout.slots]
             bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank)
-            if bucket_layout.numel:
-                self.group.broadcast(bucket.flat_param)
+            self.group.broadcast(bucket.flat_param)
             self.buckets.append(bucket)
             self.source.add(bucket, [m.name for m in owners])
             for piece, param in zip(bucket.pieces, bucket.params, strict=True):
@@ -179,8 +178,7 @@ class Engine:
                     [steps[slot] for slot in slots],
                     hypers[group_index],
                 )
-        if bucket.layout.numel:
-            self.gathering.launch(index, bucket)
+        self.gathering.launch(index, bucket)
 
     def _moved_problem(self) -> str | None:
         for bucket in self.buckets:

@@ -81,7 +81,7 @@ class BucketLayout:
 
     @property
     def numel(self) -> int:
-        """Elements with padding; 0 where every parameter in it is empty."""
+        """Elements with padding."""
         return self.shard_numel * self.world_size
 
     @property
@@ -169,7 +169,9 @@ def build(specs: Sequence[ParamSpec], *, world_size: int, bucket_bytes: int) -> 
 
     def close(dtype: torch.dtype) -> None:
         slots = filling.pop(dtype)
-        shard_numel = round_up(used_numel(slots), ALIGNMENT_NUMEL * world_size) // world_size
+        # At least one unit, so that a bucket of empty parameters is no special case to anybody.
+        numel = max(used_numel(slots), 1)
+        shard_numel = round_up(numel, ALIGNMENT_NUMEL * world_size) // world_size
         closed.append(BucketLayout(dtype, tuple(slots), world_size, shard_numel))
 
     for index in reversed(range(len(specs))):

@@ -98,8 +98,8 @@ class _Progress:
     """How far one bucket is within one step."""
 
     fired: list[int]  # per slot: gradients that autograd accumulated since the last step
-    used: list[bool]  # per slot: a gradient went into the bucket
-    num_ready: int = 0
+    used: list[bool]  # per slot: a gradient went into the bucket when it was launched
+    ready: set[int] = field(default_factory=set)  # slots whose gradient waits for the launch
     launched: bool = False
     shard: Tensor | None = None  # (shard_numel,), mean over the ranks, accumulated over rounds
 
@@ -136,9 +136,7 @@ class BackwardReduction(GradientSource):
         progress.fired[slot] += 1
         if not self.enabled or progress.launched:
             return
-        if not progress.used[slot]:
-            progress.used[slot] = True
-            progress.num_ready += 1
+        progress.ready.add(slot)
         while self._num_launched < len(self.buckets) and self._is_complete(self._num_launched):
             self._launch_next()
 
@@ -185,7 +183,7 @@ class BackwardReduction(GradientSource):
             self.drop()
 
     def _is_complete(self, index: int) -> bool:
-        return self._progress[index].num_ready == len(self._progress[index].used)
+        return len(self._progress[index].ready) == len(self.buckets[index].params)
 
     def _launch_next(self) -> None:
         index = self._num_launched
@@ -320,7 +318,7 @@ def _fingerprints(params: list[Tensor]) -> Tensor:
         if param.grad is None or param.grad.is_sparse:
             sums.append(torch.zeros((), dtype=torch.int64, device=param.device))
         else:
-            integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[param.grad.element_size()]
+            integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[param.grad.element_size()]
             bits = param.grad.detach().contiguous().reshape(-1).view(integer)
             sums.append(bits.sum(dtype=torch.int64))
     return torch.stack(sums).cpu().view(torch.uint8)

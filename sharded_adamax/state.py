@@ -208,8 +208,6 @@ def gather_full(
     Returns:
         On rank ``to`` one new CPU tensor per slot, each of its own storage; elsewhere nothing.
     """
-    if bucket.numel == 0:
-        return [torch.zeros(tuple(shape), dtype=shard.dtype) for shape in shapes] if group.rank == to else []
     flat = group.gather(shard, to)
     if flat is None:
         return []

@@ -318,3 +318,22 @@ def _in_a_subgroup(as_mesh: bool) -> None:
 @pytest.mark.parametrize("as_mesh", [False, True])
 def test_a_subgroup_shards_over_its_own_ranks(ranks: Pool, as_mesh: bool) -> None:
     ranks.run(3, _in_a_subgroup, as_mesh)
+
+
+def _only_empty() -> None:
+    params, expected = make_params(torch.float32, [(0,), (3, 0)]), make_params(torch.float32, [(0,), (3, 0)])
+    optimizer, reference = ShardedAdamax(params), torch.optim.Adamax(expected)
+    for step in range(2):
+        backward(params, _local_gradients(step, params))
+        _fed(expected, step)
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+    full = optimizer.full_state_dict()
+    if full is not None:
+        assert_same_state(full, reference)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_model_without_elements_trains(ranks: Pool, world_size: int) -> None:
+    ranks.run(world_size, _only_empty)

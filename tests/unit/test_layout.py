@@ -90,6 +90,12 @@ def test_the_last_parameter_is_in_the_first_bucket() -> None:
     assert [[slot.param for slot in bucket.slots] for bucket in layout.buckets] == [[3, 2], [1, 0]]
 
 
+def test_a_bucket_of_empty_parameters_has_a_shard_like_any_other() -> None:
+    (bucket,) = _build([((0,), torch.float32), ((3, 0), torch.float32)], 3, bucket_bytes=100).buckets
+    assert bucket.shard_numel == ALIGNMENT_NUMEL
+    assert [piece.in_param.numel for piece in bucket.pieces(2)] == [0, 0]
+
+
 def test_more_ranks_than_elements_leaves_ranks_with_nothing() -> None:
     layout = _build([((3,), torch.float32)], 9, bucket_bytes=1 << 20)
     (bucket,) = layout.buckets
