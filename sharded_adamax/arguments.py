@@ -34,7 +34,6 @@ def refuse_unsupported(
     reduce_dtype: torch.dtype | None,
     master_dtype: torch.dtype | None,
     state_format: str,
-    skip_nonfinite: bool,
 ) -> None:
     """Raise NotImplementedError naming the first argument whose capability does not exist yet."""
     given = {
@@ -42,7 +41,6 @@ def refuse_unsupported(
         "reduce_dtype": (reduce_dtype, (None,)),
         "master_dtype": (master_dtype, (None,)),
         "state_format": (state_format, ("full",)),
-        "skip_nonfinite": (skip_nonfinite, (False,)),
     }
     for name, (value, supported) in given.items():
         if value not in supported:

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -132,6 +132,10 @@ class Group(ABC):
         """Overwrite ``tensor`` in place with that of the group's first rank."""
 
     @abstractmethod
+    def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
+        """Combine a small tensor over the ranks, in place; the same bits on all of them."""
+
+    @abstractmethod
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         """Return the shards of all ranks, one after another, on rank ``to``; None elsewhere."""
 
@@ -164,6 +168,9 @@ class LocalGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         self.traffic.record("broadcast", 0)
+
+    def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
+        self.traffic.record("all_reduce", 0)
 
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         self.traffic.record("gather", 0)
@@ -211,6 +218,10 @@ class ProcessGroup(Group):
     def broadcast(self, tensor: Tensor) -> None:
         self.traffic.record("broadcast", tensor.nbytes if self.rank == 0 else 0)
         dist.broadcast(tensor, group_src=0, group=self._process_group)
+
+    def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
+        self.traffic.record("all_reduce", tensor.nbytes)
+        dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
 
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         if self.rank != to:
@@ -286,6 +297,7 @@ class GlooGroup(ProcessGroup):
         return works
 
 
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed both and warns on the old names; earlier releases have only those.
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

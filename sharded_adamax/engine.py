@@ -17,13 +17,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharded_adamax import agreement
+from sharded_adamax import agreement, clipping
 from sharded_adamax import layout as layouts
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import ControlPlane, Group
@@ -57,16 +57,27 @@ class Member:
 class Engine:
     """The buckets of a job and what moves through them."""
 
-    def __init__(self, control: ControlPlane, group: Group, *, reduce_gradients: bool, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        control: ControlPlane,
+        group: Group,
+        *,
+        reduce_gradients: bool,
+        bucket_bytes: int,
+        skip_nonfinite: bool,
+    ) -> None:
         self.control = control
         self.group = group
         self.bucket_bytes = bucket_bytes
+        self.skip_nonfinite = skip_nonfinite
         self.source: GradientSource = BackwardReduction(group) if reduce_gradients else ReducedGradients(group)
         self.gathering = ParameterGathering(group)
         self.layout = Layout(group.size, (), ())
         self.members: list[Member] = []  # in the order of layout.specs
         self.buckets: list[Bucket] = []
         self.frozen: list[Member] = []  # have no bucket and no state until they get a gradient
+        self.num_skipped_steps = 0
+        self._reduced: list[bool] = []  # per slot: has a gradient that `reduce` has already reduced for the next step
 
     def extend(self, members: Sequence[Member], state: dict[Tensor, Any]) -> None:
         """Lay out, broadcast from the first rank and give state to more parameters. Collective.
@@ -103,14 +114,68 @@ class Engine:
                 gradient. Nothing was changed and the gradients are dropped.
         """
         hypers = [Hyper.of(group) for group in groups]
-        used = self._agree_and_reduce(groups, state)
-        start = 0
-        for index, bucket in enumerate(self.buckets):
-            num_slots = len(bucket.params)
-            self._update(index, used[start : start + num_slots], groups, hypers)
-            start += num_slots
+        used = self.reduce(groups, state)
+        if self.skip_nonfinite and not self._all_finite():
+            self.num_skipped_steps += 1
+            self._forget_gradients()
+            return
+        for index, flags in enumerate(used):
+            self._update(index, flags, groups, hypers)
         self.gathering.wait_all()
+        self._forget_gradients()
+
+    @torch.no_grad()
+    def reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[list[bool]]:
+        """Bring all gradients of all ranks into the shards. Collective; may be called several times before a step.
+
+        Returns:
+            For each bucket, which slots have a gradient on any rank.
+
+        Raises:
+            RuntimeError: As `step`.
+        """
+        used = self._agree_and_reduce(groups, state)
+        earlier = self._reduced + [False] * (len(used) - len(self._reduced))
+        self._reduced = [now or before for now, before in zip(used, earlier, strict=True)]
+        flags = iter(self._reduced)
+        return [list(islice(flags, len(bucket.params))) for bucket in self.buckets]
+
+    @torch.no_grad()
+    def clip_(
+        self,
+        groups: list[ParamGroup],
+        state: dict[Tensor, Any],
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> Tensor:
+        """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before. Collective."""
+        used = self.reduce(groups, state)
+        shards = [self.source.shard(index) for index in range(len(self.buckets))]
+        norm = clipping.total_norm(self.group, self.buckets, shards, used, norm_type)
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                "`error_if_nonfinite=False`"
+            )
+        self.source.scale_(clipping.clip_coefficient(norm, max_norm))
+        return norm
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step. Collective where there are any."""
+        self.source.discard()
+        self._reduced = []
+
+    def _forget_gradients(self) -> None:
         self.source.drop()
+        self._reduced = []
+
+    def _all_finite(self) -> bool:
+        """Return whether the mean gradient has neither Inf nor NaN on any rank. Collective; waits for the device."""
+        found = any(not bool(self.source.shard(index).isfinite().all()) for index in range(len(self.buckets)))
+        vote = agreement.start_vote(self.control, any_rank={"nonfinite": _bytes([found])}, same={})
+        return not vote.wait().any_rank["nonfinite"].any()
 
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
@@ -135,7 +200,7 @@ class Engine:
         try:
             self._raise_on_disagreement(outcome, problem, groups, view)
         except RuntimeError:
-            self.source.drop()
+            self._forget_gradients()
             raise
         for index, again in enumerate(outcome.any_rank["again"].tolist()):
             if again:

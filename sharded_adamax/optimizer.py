@@ -62,7 +62,8 @@ class ShardedAdamax(torch.optim.Adamax):
         reduce_dtype, master_dtype: Only None so far.
         state_format: Only "full" so far.
         bucket_mib: Size of a bucket in MiB. A larger parameter has a bucket of its own.
-        skip_nonfinite: Only False so far.
+        skip_nonfinite: Skip a step, on all ranks together, when the mean gradient has Inf or NaN anywhere; nothing is
+            changed and `skipped_steps` counts it. Without it one Inf makes a parameter NaN for ever.
 
     Raises:
         ValueError: Bad hyper-parameters, in torch's words. On every rank: the ranks disagree; the message names the
@@ -113,7 +114,6 @@ class ShardedAdamax(torch.optim.Adamax):
                 reduce_dtype=reduce_dtype,
                 master_dtype=master_dtype,
                 state_format=state_format,
-                skip_nonfinite=skip_nonfinite,
             )
             arguments.check_bucket_mib(bucket_mib)
             # torch's own constructor: its checks, its messages, its defaults.
@@ -136,9 +136,10 @@ class ShardedAdamax(torch.optim.Adamax):
                 group,
                 reduce_gradients=reduce_gradients,
                 bucket_bytes=int(bucket_mib * 2**20),
+                skip_nonfinite=skip_nonfinite,
             )
 
-        settings = f"reduce_gradients={reduce_gradients}, bucket_mib={bucket_mib}"
+        settings = f"reduce_gradients={reduce_gradients}, bucket_mib={bucket_mib}, skip_nonfinite={skip_nonfinite}"
         agreement.run_together(control, build, "building ShardedAdamax")
         self._adopt(first_group=0, settings=[settings])
 
@@ -221,7 +222,7 @@ class ShardedAdamax(torch.optim.Adamax):
         Collective where backward ran since the last step: what was launched is completed first.
         """
         super().zero_grad(set_to_none)
-        self._get_engine().source.discard()
+        self._get_engine().discard()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -241,8 +242,27 @@ class ShardedAdamax(torch.optim.Adamax):
             source.enabled = before
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip the global norm of the gradients. Not there yet."""
-        raise NotImplementedError("clip_grad_norm_ is not implemented yet")
+        """Scale the gradients so that their norm over all parameters and ranks is at most ``max_norm``. Collective.
+
+        Takes the place of torch.nn.utils.clip_grad_norm_ between backward and `step`. Completes the reduction of the
+        gradients; with ``reduce_gradients=False`` it scales ``p.grad``.
+
+        Returns:
+            The norm before clipping, 0-d, the same bits on all ranks.
+
+        Raises:
+            RuntimeError: As `step`; or the norm is not finite, with ``error_if_nonfinite``.
+
+        Source: torch/nn/utils/clip_grad.py; equal to it up to the rounding of sums, see [Note: bound] in clipping.py.
+        """
+        return self._get_engine().clip_(
+            self.param_groups, self.state, float(max_norm), float(norm_type), error_if_nonfinite
+        )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that ``skip_nonfinite`` has skipped."""
+        return self._get_engine().num_skipped_steps
 
     def overlap_forward(self, model: torch.nn.Module) -> None:
         """Await the all-gathers in the next forward. Not there yet."""

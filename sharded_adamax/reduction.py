@@ -81,8 +81,16 @@ class GradientSource(ABC):
         """Reduce the gradients that arrived after bucket ``index`` was launched. Collective."""
 
     @abstractmethod
+    def shard(self, index: int) -> Tensor:
+        """Wait for bucket ``index`` and return its mean gradient shard, shape (shard_numel,), to be read."""
+
+    @abstractmethod
     def take_shard(self, index: int) -> Tensor:
-        """Wait for bucket ``index`` and hand over its mean gradient shard, shape (shard_numel,)."""
+        """Wait for bucket ``index`` and hand over its mean gradient shard, shape (shard_numel,), to be consumed."""
+
+    @abstractmethod
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all mean gradients by a 0-d tensor."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -162,13 +170,21 @@ class BackwardReduction(GradientSource):
     def launch_again(self, index: int) -> None:
         self._launch(index)
 
-    def take_shard(self, index: int) -> Tensor:
-        progress = self._progress[index]
+    def shard(self, index: int) -> Tensor:
         while any(launched == index for launched, _ in self._in_flight):
             self._settle_oldest()
-        assert progress.shard is not None
-        shard, progress.shard = progress.shard, None
+        shard = self._progress[index].shard
+        assert shard is not None
         return shard
+
+    def take_shard(self, index: int) -> Tensor:
+        shard = self.shard(index)
+        self._progress[index].shard = None
+        return shard
+
+    def scale_(self, factor: Tensor) -> None:
+        for index in range(len(self.buckets)):
+            self.shard(index).mul_(factor)
 
     def drop(self) -> None:
         while self._in_flight:
@@ -178,7 +194,7 @@ class BackwardReduction(GradientSource):
 
     def discard(self) -> None:
         # Ranks may have launched different numbers of buckets: complete the round, so that all are at the same place.
-        if any(chain.from_iterable(progress.fired for progress in self._progress)):
+        if any(progress.launched or any(progress.fired) for progress in self._progress):
             self.flush()
             self.drop()
 
@@ -299,10 +315,17 @@ class ReducedGradients(GradientSource):
     def launch_again(self, index: int) -> None:
         raise AssertionError("gradients that are already reduced have no rounds")
 
-    def take_shard(self, index: int) -> Tensor:
+    def shard(self, index: int) -> Tensor:
         shard = self.buckets[index].collect_gradient_shard(self._used[index])
         self.peaks.shard_bytes = max(self.peaks.shard_bytes, shard.nbytes)
         return shard
+
+    def take_shard(self, index: int) -> Tensor:
+        return self.shard(index)
+
+    def scale_(self, factor: Tensor) -> None:
+        params = chain.from_iterable(bucket.params for bucket in self.buckets)
+        torch._foreach_mul_([param.grad for param in params if param.grad is not None], factor)
 
     def drop(self) -> None:
         pass

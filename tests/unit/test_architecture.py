@@ -19,8 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"engine"},
     "loading": {"state"},
     "engine": {
-        "agreement", "buckets", "collectives", "gathering", "kernels", "layout", "reduction", "state",
+        "agreement", "buckets", "clipping", "collectives", "gathering", "kernels", "layout", "reduction", "state",
     },
+    "clipping": {"buckets", "collectives"},
     "state": {"collectives", "layout", "ranges"},
     "reduction": {"buckets", "collectives"},
     "gathering": {"buckets", "collectives"},
