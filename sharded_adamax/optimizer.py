@@ -315,8 +315,13 @@ class ShardedAdamax(torch.optim.Adamax):
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the state on rank ``to``, where `state_dict` then returns it whole until the next step. Collective.
+        """Gather the state on rank ``to``, where `state_dict` then returns it whole. Collective.
 
-        The name and contract of torch.distributed.optim.ZeroRedundancyOptimizer.
+        It does so until the next `step`, `load_state_dict`, `add_param_group` or sharded `save` or `load`. The name and
+        contract of torch.distributed.optim.ZeroRedundancyOptimizer.
         """
         self._consolidated = self.full_state_dict(to)
+
+    def forget_consolidated_state(self) -> None:
+        """Free what `consolidate_state_dict` gathered; `state_dict` is sharded again on every rank. Local."""
+        self._consolidated = None

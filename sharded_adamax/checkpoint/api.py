@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from sharded_adamax import agreement
+from sharded_adamax.agreement import RemoteError
 from sharded_adamax.checkpoint import contents, reading
 from sharded_adamax.checkpoint.directory import Header, Opened, Save, open_checkpoint, start
+from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from sharded_adamax.collectives import ControlPlane, control_plane
 
 # All saves of this process belong to one run; that of the first rank counts.
@@ -77,12 +80,33 @@ def finish(control: ControlPlane, saving: Save) -> None:
     """Write and commit in the foreground. Collective."""
     doing = f"saving {saving.final}"
     try:
-        agreement.run_together(control, saving.write, doing)
-        agreement.run_together(control, saving.commit if control.rank == 0 else lambda: None, doing)
+        raise_together(control, _error_of(saving.write), doing)
+        raise_together(control, _error_of(saving.commit) if control.rank == 0 else None, doing)
     except BaseException:
         if control.rank == 0:
             saving.abandon()
         raise
+
+
+def raise_together(control: ControlPlane, error: Exception | None, doing: str) -> None:
+    """`agreement.raise_together`, where a rank may have died: its peers are told what that means. Collective."""
+    try:
+        agreement.raise_together(control, error, doing)
+    except Exception as raised:
+        if raised is error or isinstance(raised, RemoteError):
+            raise
+        raise CheckpointError(
+            f"lost contact with another rank while {doing}: it died or hangs. Earlier checkpoints are untouched; start "
+            f"the job again ({raised})"
+        ) from raised
+
+
+def _error_of(action: Callable[[], None]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
 
 
 def load(
@@ -95,7 +119,8 @@ def load(
 ) -> Any:
     """Read a checkpoint of any world size into model and optimizer, in place. Collective.
 
-    Every rank reads the model and its own shard of the state, and verifies what it reads.
+    Every rank reads the model and its own shard of the state, and verifies what it reads. What no rank needs is shared
+    out between them and verified, too: every byte of the checkpoint is looked at.
 
     Args:
         verify: False skips the checksums, and accepts checkpoints that another program wrote with
@@ -142,14 +167,27 @@ def load_with(
         for name in wanted:
             # Other programs may have neither, or use the name for something else.
             if isinstance(metadata.state_dict_metadata.get(name), TensorStorageMetadata):
-                objects[name] = contents.from_bytes(reading.read_tensor(path, metadata, name, verify=verify))
+                objects[name] = _object(path, reading.read_tensor(path, metadata, name, verify=verify), name)
         reading.read_into(path, metadata, state, verify=verify)
+        if verify:
+            rest = {**state, contents.EXTRA: None}
+            reading.verify_unread(path, metadata, rest, rank=control.rank, world_size=control.size)
 
     agreement.run_together(control, read, f"reading {path}")
     contents.put_back(model, optimizer, state)
     if rng_name in objects:
         contents.set_rng_state(objects[rng_name])
     return objects.get(contents.EXTRA)
+
+
+def _object(path: Path, data: Tensor, name: str) -> Any:
+    try:
+        return contents.from_bytes(data)
+    except Exception as error:  # what is no pickle can fail in any way
+        raise CheckpointDamagedError(
+            f"{path}: {name} is damaged, or cannot be read without running code ({type(error).__name__}): use another "
+            "checkpoint"
+        ) from error
 
 
 def _same_checkpoint(control: ControlPlane, opened: Opened) -> None:

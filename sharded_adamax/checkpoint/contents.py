@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
@@ -31,6 +30,10 @@ RNG = "rng"  # rng.<rank>
 
 def collect(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return the live tensors of model and optimizer, nested as they are saved."""
+    # A consolidated state is there for torch.save on one rank; here every rank gives its shard.
+    forget = getattr(optimizer, "forget_consolidated_state", None)
+    if forget is not None:
+        forget()
     return {
         "model": get_model_state_dict(model),
         "optim": _without_param_names(get_optimizer_state_dict(model, optimizer, options=_OPTIONS)),
@@ -38,11 +41,19 @@ def collect(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def put_back(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `collect` gave and a checkpoint has filled."""
+    """Load what `collect` gave and a checkpoint has filled.
+
+    The tensors of ``state`` are those of the optimizer and filled already. torch's set_optimizer_state_dict would drop
+    the states of parameters that are frozen by now, so only the hyper-parameters are taken from it, by name.
+    """
     set_model_state_dict(model, state["model"])
-    current = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    names = {key: value for key, value in current.items() if _is_param_names(key)}
-    set_optimizer_state_dict(model, optimizer, {**state["optim"], **names}, options=_OPTIONS)
+    named_groups: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    current = optimizer.state_dict()
+    for group, named in zip(current["param_groups"], named_groups, strict=True):
+        for key in group:
+            if key not in ("params", "param_names") and named["params"]:
+                group[key] = state["optim"][f"param_groups.{named['params'][0]}.{key}"]
+    optimizer.load_state_dict(current)
 
 
 def to_bytes(extra: Any) -> Tensor:

@@ -4,7 +4,7 @@
 
 ::
 
-    .NAME.incomplete/      made by the first rank
+    .NAME.ID.incomplete/   made by the first rank; ID is the save's own
         __R_0.distcp       each rank R writes its records, fsync
         __R.part           each rank says what it wrote, fsync, renamed into place: its part is done
         .metadata          the first rank, when all parts are there: for torch.distributed.checkpoint; fsync
@@ -12,13 +12,16 @@
     NAME/                  renamed; parent directory fsynced. From here on the checkpoint exists
 
 Nothing is overwritten in place. A crash leaves a hidden directory, which is never read and which the next save to the
-same name removes. After planning, no step needs a collective, so the same protocol runs in a background thread.
+same name removes. Two saves never share one: a rank that outlived its job, or that sees another disk than the first
+rank, finds no directory to write to, instead of putting its part among those of others. After planning, no step needs a
+collective, so the same protocol runs in a background thread.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
 import threading
 import time
 import uuid
@@ -42,9 +45,15 @@ EXIT_TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 
-def incomplete(final: Path) -> Path:
-    """Return the name under which ``final`` is written."""
-    return final.with_name(f".{final.name}.incomplete")
+def incomplete(final: Path, save_id: str | None = None) -> Path:
+    """Return the name under which a save writes ``final``; without an ID that under which ``final`` is removed."""
+    return final.with_name(f".{final.name}.incomplete" if save_id is None else f".{final.name}.{save_id}.incomplete")
+
+
+def _leftovers(final: Path) -> list[Path]:
+    """Return what crashed saves to ``final`` left."""
+    pattern = re.compile(rf"\.{re.escape(final.name)}(\.[0-9a-f]{{32}})?\.incomplete")
+    return [path for path in final.parent.glob(".*.incomplete") if pattern.fullmatch(path.name)]
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,14 @@ class Header:
 class Save:
     """One save of one rank after planning: write my part, then (first rank) commit. No collectives."""
 
-    def __init__(self, control: ControlPlane, final: Path, header: Header, planned: writing.RankPlan) -> None:
+    def __init__(
+        self, control: ControlPlane, final: Path, save_id: str, header: Header, planned: writing.RankPlan
+    ) -> None:
         self.rank = control.rank
         self.world_size = control.size
         self.final = final
-        self.directory = incomplete(final)
+        self.save_id = save_id
+        self.directory = incomplete(final, save_id)
         self.header = header
         self._items = planned.items
         self._metadata = planned.metadata
@@ -84,6 +96,11 @@ class Save:
             unfinished = self.directory / f".{parts.name(self.rank)}"
             disk.write_file(unfinished, [parts.to_json(stream.written())])
             disk.rename(unfinished, self.directory / parts.name(self.rank))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"rank {self.rank} does not find {self.directory}, which the first rank has made: every rank must see "
+                "the same directory. Is the disk shared? Earlier checkpoints are untouched"
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"rank {self.rank} cannot write {self.final}: {error}. Earlier checkpoints are untouched"
@@ -149,7 +166,7 @@ class Save:
         }
         return Manifest(
             run_id=self.header.run_id,
-            save_id=uuid.uuid4().hex,
+            save_id=self.save_id,
             step=self.header.step,
             metric=self.header.metric,
             world_size=self.world_size,
@@ -173,22 +190,25 @@ def start(control: ControlPlane, final: Path, state: dict[str, Any], header: Hea
         FileExistsError: ``final`` exists. On every rank.
         CheckpointError: The directory cannot be made. On every rank.
     """
+    save_id = control.scatter([uuid.uuid4().hex] * control.size if control.rank == 0 else None)
+    unfinished = incomplete(final, save_id)
 
     def prepare() -> None:
         if control.rank == 0:
             if final.exists():
                 raise FileExistsError(f"{final} exists: a checkpoint is never overwritten, save to a new path")
             try:
-                disk.remove_directory(incomplete(final))
-                disk.make_directory(incomplete(final))
+                for leftover in _leftovers(final):
+                    disk.remove_directory(leftover)
+                disk.make_directory(unfinished)
             except OSError as error:
-                raise CheckpointError(f"cannot make {incomplete(final)}: {error}") from error
+                raise CheckpointError(f"cannot make {unfinished}: {error}") from error
 
     run_together(control, prepare, f"preparing {final}")
     planned = writing.plan(control, state)
     if snapshot:
         planned = writing.RankPlan(writing.snapshot(planned.items), planned.metadata)
-    return Save(control, final, header, planned)
+    return Save(control, final, save_id, header, planned)
 
 
 @dataclass(frozen=True)
@@ -204,12 +224,12 @@ def open_checkpoint(directory: Path, *, verify: bool) -> Opened:
     """Read what a checkpoint consists of and check that its files are there and of the right size. Local.
 
     Args:
-        verify: Refuse a checkpoint without a manifest, and files of another size.
+        verify: Refuse a checkpoint without a manifest, files of another size, and another ``.metadata``: it has no
+            records, so nothing else would look at it.
 
     Raises:
         FileNotFoundError: There is no such directory.
-        CheckpointDamagedError: Names the file and what is wrong with it.
-        CheckpointError: No manifest, with ``verify``.
+        CheckpointDamagedError: Names the file and what is wrong with it. No manifest, with ``verify``.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no checkpoint at {directory}")
@@ -218,16 +238,31 @@ def open_checkpoint(directory: Path, *, verify: bool) -> Opened:
         found = manifest.parse(path.read_bytes(), path)
         if verify:
             _check_sizes(directory, found)
-        return Opened(directory, found, foreign.dcp_metadata(found.tensors, found.values))
+            _check_metadata(directory / foreign.METADATA_NAME, found)
+        return Opened(directory, found, _dcp_metadata(path, found.tensors, found.values))
     foreign_path = directory / foreign.METADATA_NAME
     if not foreign_path.is_file():
         raise CheckpointDamagedError(f"{path} is missing: {directory} is not a complete checkpoint, use another")
     if verify:
-        raise CheckpointError(
+        raise CheckpointDamagedError(
             f"{path} is missing: either it was lost, or another program wrote {directory}, and nothing says whether "
             "its files are whole. Pass verify=False to read it as it is"
         )
-    return Opened(directory, None, foreign.dcp_metadata(*foreign.read_metadata(foreign_path)))
+    return Opened(directory, None, _dcp_metadata(foreign_path, *foreign.read_metadata(foreign_path)))
+
+
+def _dcp_metadata(
+    path: Path, tensors: dict[str, manifest.StoredTensor], values: dict[str, manifest.Record]
+) -> Metadata:
+    try:
+        return foreign.dcp_metadata(tensors, values)
+    except CheckpointError as error:
+        raise CheckpointDamagedError(f"{path} is damaged ({error}): use another checkpoint") from error
+
+
+def _check_metadata(path: Path, found: Manifest) -> None:
+    if manifest.file_of(path.read_bytes()) != found.files.get(path.name):
+        raise CheckpointDamagedError(f"{path} is damaged: it is not what was written, use another checkpoint")
 
 
 def _check_sizes(directory: Path, found: Manifest) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from weakref import WeakSet
 
 from sharded_adamax.checkpoint.errors import CheckpointError
 
@@ -32,7 +33,26 @@ class DirectoryLock:
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self._file.flush()
+        _held.add(self)
 
     def release(self) -> None:
         """Let another job have the directory."""
+        if not self._file.closed:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # also where a child that is being forked still has the file
+            self._file.close()
+
+    def leave_to_parent(self) -> None:
+        """Close the file without unlocking it."""
         self._file.close()
+
+
+_held: WeakSet[DirectoryLock] = WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    # A forked child, such as a worker of a DataLoader, shares the lock and would hold it after the job was killed.
+    for lock in _held:
+        lock.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)

@@ -4,7 +4,7 @@
 
     ROOT/00000100/                    a checkpoint
     ROOT/00000200/
-    ROOT/.00000300.incomplete/        being written, or left by a crash; removed at the next start
+    ROOT/.00000300.ID.incomplete/     being written, or left by a crash; removed at the next start
     ROOT/00000150.damaged/            was refused by `restore`, kept for a look
     ROOT/latest                       the name of the newest, for people and scripts
     ROOT/.lock                        held by the job that writes here
@@ -36,6 +36,7 @@ from sharded_adamax.collectives import control_plane
 
 logger = logging.getLogger(__name__)
 LATEST_NAME = "latest"
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class CheckpointManager:
             for leftover in self.root.glob(".*.incomplete"):
                 logger.warning("removing %s, which a crashed save left", leftover)
                 disk.remove_directory(leftover)
+            (self.root / f".{LATEST_NAME}").unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot use {self.root}: {error}") from error
 
@@ -138,6 +140,8 @@ class CheckpointManager:
             FileExistsError: There is a checkpoint of this step.
             CheckpointError, ValueError: As `sharded_adamax.save`; or the error of the previous asynchronous save.
         """
+        if step < 0:
+            raise ValueError(f"expected a step of at least 0, got {step}")
         self.wait()
         saving = api.begin(
             self._control,
@@ -146,7 +150,7 @@ class CheckpointManager:
             optimizer,
             extra=extra,
             step=step,
-            metric=metric,
+            metric=None if metric is None else float(metric),  # also of a tensor or a numpy number
             snapshot=self.async_save,
         )
         background = _Background(saving)
@@ -178,6 +182,10 @@ class CheckpointManager:
             background.saving.commit(after=lambda: self._published(background.saving.final))
         except Exception as error:
             background.commit_error = error
+            if background.thread is not None and background.part_error is not None:
+                # The others still write; without the directory they would report that instead of the disk's reason.
+                while threading.main_thread().is_alive() and not background.saving.cancelled.wait(_POLL_SECONDS):
+                    pass
             background.saving.abandon()
             if not threading.main_thread().is_alive():
                 logger.error("the last checkpoint was not completed: %s", error)  # nobody will call wait any more
@@ -197,7 +205,7 @@ class CheckpointManager:
         """Learn together whether all parts are written, then whether the commit was made. Collective."""
         doing = f"saving {background.saving.final}"
         try:
-            agreement.raise_together(self._control, background.part_error, doing)
+            api.raise_together(self._control, background.part_error, doing)
         except Exception:
             background.saving.cancelled.set()  # else the first rank would wait for a part that never comes
             if background.thread is not None:
@@ -209,21 +217,26 @@ class CheckpointManager:
             background.thread.join()
         elif self._control.rank == 0:
             self._run_commit(background)
-        agreement.raise_together(self._control, background.commit_error, doing)
+        api.raise_together(self._control, background.commit_error, doing)
 
     def _published(self, final: Path) -> None:
         """Move ``latest`` and remove what need not be kept; the new checkpoint is durable. First rank only."""
-        unfinished = self.root / f".{LATEST_NAME}"
-        unfinished.unlink(missing_ok=True)
-        disk.write_file(unfinished, [final.name.encode() + b"\n"])
-        disk.rename(unfinished, self.root / LATEST_NAME)
-        disk.sync_directory(self.root)
+        self._point_latest_to(final)
         kept = self._keep.choose({step: self._metric(step) for step in self.steps()})
+        # Not only the highest: who went back to an older step and trains on from there has higher ones lying about.
+        kept.add(int(final.name))
         for step in set(self.steps()) - kept:
             # Under its hidden name first: half a checkpoint must never be seen under a real one.
             hidden = incomplete(self._path(step))
             disk.rename(self._path(step), hidden)
             disk.remove_directory(hidden)
+
+    def _point_latest_to(self, checkpoint: Path) -> None:
+        unfinished = self.root / f".{LATEST_NAME}"
+        unfinished.unlink(missing_ok=True)
+        disk.write_file(unfinished, [checkpoint.name.encode() + b"\n"])
+        disk.rename(unfinished, self.root / LATEST_NAME)
+        disk.sync_directory(self.root)
 
     def restore(self, model: nn.Module, optimizer: Optimizer, step: int | None = None) -> tuple[int, Any] | None:
         """Load a checkpoint: the newest that is whole, with a warning for each that is not. Collective.
@@ -248,7 +261,8 @@ class CheckpointManager:
         for candidate in candidates:
             error = self._try(candidate, model, optimizer)
             if not isinstance(error, Exception):
-                self._set_aside(damaged)
+                if damaged:
+                    self._set_aside(damaged, candidate)
                 return candidate, error[0]
             if step is not None:
                 raise error
@@ -280,14 +294,25 @@ class CheckpointManager:
             raise outcome
         return outcome
 
-    def _set_aside(self, damaged: list[int]) -> None:
-        """Rename damaged checkpoints: training on comes to their steps again and needs the names."""
-        if self._control.rank == 0:
-            for step in damaged:
-                path = self._path(step)
-                target = path.with_name(f"{path.name}.damaged")
-                disk.remove_directory(target)
-                disk.rename(path, target)
+    def _set_aside(self, damaged: list[int], whole: int) -> None:
+        """Rename damaged checkpoints: training on comes to their steps again and needs the names. Collective."""
+
+        def rename() -> None:
+            if self._control.rank != 0:
+                return
+            try:
+                self._point_latest_to(self._path(whole))
+                for step in damaged:
+                    path = self._path(step)
+                    target = path.with_name(f"{path.name}.damaged")
+                    disk.remove_directory(target)
+                    disk.rename(path, target)
+            except OSError as error:
+                raise CheckpointError(
+                    f"step {whole} of {self.root} is whole, but the damaged ones after it cannot be renamed: {error}"
+                ) from error
+
+        agreement.run_together(self._control, rename, "setting damaged checkpoints aside")
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, ascending. Local; says nothing of damage."""

@@ -281,3 +281,25 @@ def test_a_save_while_gradients_are_reduced_and_accumulated_disturbs_nothing_and
     ranks: Pool, tmp_path: Path, world_size: int
 ) -> None:
     ranks.run(world_size, _save_between_passes, str(tmp_path / "checkpoint"))
+
+
+def _save_after_consolidating(path: str) -> None:
+    model = Zoo(torch.float32)
+    optimizer = ShardedAdamax(model.parameters(), bucket_mib=0.01)
+    optimizer.add_param_group({"params": []})  # torch takes a group without parameters
+    _train(optimizer, model, range(2))
+    optimizer.consolidate_state_dict(to=1)
+    save(path, model, optimizer)
+    expected = optimizer.full_state_dict(to=0)
+    _train(optimizer, model, range(2, 3))
+    optimizer.consolidate_state_dict(to=1)
+    load(path, model, optimizer)
+    full = optimizer.full_state_dict(to=0)
+    if full is not None and expected is not None:
+        for index, state in full["state"].items():
+            for key, value in state.items():
+                assert_same_bits(value, expected["state"][index][key], f"{key} of parameter {index}")
+
+
+def test_a_consolidated_state_does_not_get_into_a_sharded_checkpoint(ranks: Pool, tmp_path: Path) -> None:
+    ranks.run(2, _save_after_consolidating, str(tmp_path / "checkpoint"))
