@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_adamax.engine import Member, ParamGroup, hyper_line
+from sharded_adamax.kernels import refuse_flags
 
 
 def process_group_of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
@@ -51,18 +53,14 @@ def check_bucket_mib(bucket_mib: float) -> None:
     """Raise ValueError where no bucket could hold anything."""
     if not bucket_mib > 0:
         raise ValueError(f"expected bucket_mib > 0, got {bucket_mib}")
+    if math.isinf(bucket_mib) or bucket_mib * 2**20 < 1:
+        raise ValueError(f"expected bucket_mib to be a finite number of MiB, at least one byte, got {bucket_mib}")
 
 
 def check_groups(groups: Sequence[ParamGroup], first_group: int) -> None:
     """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
     for group in groups[first_group:]:
-        if group["differentiable"]:
-            raise NotImplementedError(
-                "differentiable=True is not supported: autograd cannot follow the update through the reduce-scatter of "
-                "the gradients and the all-gather of the parameters. Use torch.optim.Adamax"
-            )
-        if group["capturable"]:
-            raise NotImplementedError("capturable=True is not implemented yet: expected False")
+        refuse_flags(group)
     members = members_of(groups, 0)
     for member in members:
         param = member.param
@@ -100,12 +98,14 @@ def _refuse_shared_memory(members: Sequence[Member]) -> None:
 
 
 def common_device(groups: Sequence[ParamGroup]) -> torch.device:
-    """Return the device of all parameters.
+    """Return the device of all parameters; the CPU where there are none.
 
     Raises:
         ValueError: There is more than one; names the first two parameters that differ.
     """
     members = members_of(groups, 0)
+    if not members:
+        return torch.device("cpu")
     first = members[0]
     for member in members:
         if member.param.device != first.param.device:

@@ -180,7 +180,8 @@ class Engine:
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
         view = self.source.view()
-        problem = view.problem or self._moved_problem()
+        # Moved first: a parameter that was moved gets gradients that look wrong for other reasons, too.
+        problem = self._moved_problem() or view.problem or self._frozen_problem()
         frozen_used = [member.param.grad is not None for member in self.frozen]
         same = {"hyper": _hyper_digest(groups), "gradients": view.fingerprints}
         if self.source.gradients_agree:
@@ -254,6 +255,12 @@ class Engine:
                     "shape, dtype or device changed after the optimizer was built (model.to(...), param.data = ...). "
                     "Move and cast the model first, then build the optimizer; change values in place, with copy_"
                 )
+        return None
+
+    def _frozen_problem(self) -> str | None:
+        gradients = [member.param.grad for member in self.frozen]
+        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+            return "Adamax does not support sparse gradients"  # torch's own words
         return None
 
     def _raise_on_disagreement(

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from sharded_adamax.kernels import refuse_flags
 from sharded_adamax.state import STATE_KEYS, FlatShard, local_part
 
 StateDict = dict[str, Any]
+_FLAGS_ONCE_MISSING = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
 
 
 def load_state_dict(optimizer: Optimizer, state_dict: StateDict) -> None:
@@ -59,9 +61,10 @@ def _checked_groups(optimizer: Optimizer, state_dict: StateDict) -> list[dict[st
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-        # Files of older torch releases lack the newer flags; torch's __setstate__ adds them in the same way.
-        for key, default in optimizer.defaults.items():
-            loaded.setdefault(key, default)
+        # Files of older torch releases lack the newer flags; they were off then. So does torch's __setstate__.
+        for flag, value in _FLAGS_ONCE_MISSING.items():
+            loaded.setdefault(flag, value)
+        refuse_flags(loaded)
     return list(groups)
 
 

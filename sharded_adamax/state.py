@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sharded_adamax.collectives import Group
 from sharded_adamax.layout import BucketLayout
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 STATE_KEYS = ("exp_avg", "exp_inf")
 # Files hold a state in pieces of at most this size. A rank that loads at another world size reads whole pieces, so
 # small ones keep it from reading much more than its shard; smaller still would only grow the metadata.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 
 
 class FlatShard(Tensor):
@@ -87,7 +88,7 @@ class FlatShard(Tensor):
         first = args[0]
         if func in _ON_LOCAL and isinstance(first, FlatShard):
             return first.with_local(func(first.local, *args[1:], **kwargs))
-        if func in _ALLOCATING and isinstance(first, FlatShard):
+        if func in _ALLOCATING and isinstance(first, FlatShard) and _allocates_the_same(func, first, args, kwargs):
             return first.with_local(torch.empty_like(first.local, device=kwargs.get("device")))
         if func is aten.copy_.default and _same_part(*args[:2]):
             first.local.copy_(args[1].local)
@@ -95,7 +96,8 @@ class FlatShard(Tensor):
         if func is aten.zero_.default:
             first.local.zero_()
             return first
-        shards = [value for value in (*args, *kwargs.values()) if isinstance(value, FlatShard)]
+        leaves, structure = tree_flatten((args, kwargs))
+        shards = [leaf for leaf in leaves if isinstance(leaf, FlatShard)]
         partial = next((shard for shard in shards if not shard.is_whole), None)
         if partial is not None:
             raise NotImplementedError(
@@ -104,10 +106,9 @@ class FlatShard(Tensor):
                 "optimizer.full_state_dict(to=rank) on all ranks for whole tensors"
             )
 
-        def plain(value: Any) -> Any:
-            return value.local.view(value.shape) if isinstance(value, FlatShard) else value
-
-        return func(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
+        plain = [leaf.local.view(leaf.shape) if isinstance(leaf, FlatShard) else leaf for leaf in leaves]
+        plain_args, plain_kwargs = tree_unflatten(plain, structure)
+        return func(*plain_args, **plain_kwargs)
 
     # Pickle: torch.save on one rank would write that rank's part only, and nobody would notice until the resume.
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -154,6 +155,12 @@ class FlatShard(Tensor):
 
 _ON_LOCAL = {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.alias.default}
 _ALLOCATING = {aten.new_empty.default, aten.empty_like.default}
+
+
+def _allocates_the_same(func: Any, shard: FlatShard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether new memory of the shard's own size and dtype is asked for."""
+    size = args[1] if func is aten.new_empty.default else shard.shape
+    return tuple(size) == tuple(shard.shape) and kwargs.get("dtype") in (None, shard.dtype)
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

@@ -119,6 +119,7 @@ class CheckpointManager:
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            disk.sync_directory(self.root.resolve().parent)  # a root that was just made must not vanish
             self._lock = DirectoryLock(self.root)
             for leftover in self.root.glob(".*.incomplete"):
                 logger.warning("removing %s, which a crashed save left", leftover)

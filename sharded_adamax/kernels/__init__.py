@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 
 from sharded_adamax.kernels import eager, foreach
-from sharded_adamax.kernels.contract import Hyper, Kernel
+from sharded_adamax.kernels.contract import Hyper, Kernel, refuse_flags
 
-__all__ = ["Hyper", "Kernel", "choose"]
+__all__ = ["Hyper", "Kernel", "choose", "refuse_flags"]
 
 
 def choose(use_foreach: bool | None, device: torch.device) -> Kernel:

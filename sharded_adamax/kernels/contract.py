@@ -39,3 +39,14 @@ class Kernel(Protocol):
         steps: Sequence[float],
         hyper: Hyper,
     ) -> None: ...
+
+
+def refuse_flags(group: dict[str, Any]) -> None:
+    """Raise NotImplementedError for flags of torch.optim.Adamax that no kernel here has."""
+    if group["differentiable"]:
+        raise NotImplementedError(
+            "differentiable=True is not supported: autograd cannot follow the update through the reduce-scatter of the "
+            "gradients and the all-gather of the parameters. Use torch.optim.Adamax"
+        )
+    if group["capturable"]:
+        raise NotImplementedError("capturable=True is not implemented yet: expected False")

@@ -16,8 +16,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"bootstrap", "checkpoint", "optimizer"},
     "checkpoint": {"agreement", "collectives", "layout", "ranges", "state"},
     "optimizer": {"agreement", "arguments", "collectives", "engine", "layout", "loading", "reduction", "state"},
-    "arguments": {"engine"},
-    "loading": {"state"},
+    "arguments": {"engine", "kernels"},
+    "loading": {"kernels", "state"},
     "engine": {
         "agreement", "buckets", "clipping", "collectives", "gathering", "kernels", "layout", "reduction", "state",
     },
