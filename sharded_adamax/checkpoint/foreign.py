@@ -1,15 +1,15 @@
 """torch.distributed.checkpoint's own metadata: written for other programs, read from them without running their code.
 
 [Note: safe]  The file ``.metadata`` is a pickle. Unpickling a stranger's file runs whatever it says, so it is read by
-an unpickler that knows the handful of record types of torch.distributed.checkpoint and nothing else. Our own
-checkpoints are read from their manifest; their ``.metadata`` is never opened.
+an unpickler that knows the handful of record types of torch.distributed.checkpoint and nothing else. It gets stand-ins
+for them, made for this one file: a pickle can set attributes of the classes that it names, and these are nobody else's.
+Our own checkpoints are read from their manifest; their ``.metadata`` is hashed and never unpickled.
 """
 
 from __future__ import annotations
 
 import collections
 import io
-import pathlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,40 +18,66 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
-from sharded_adamax.checkpoint.manifest import Chunk, Manifest, Record, StoredTensor
+from sharded_adamax.checkpoint.manifest import Chunk, Manifest, Record, StoredTensor, check_places
 
 METADATA_NAME = ".metadata"
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    **{
-        (metadata.__name__, name): getattr(metadata, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,  # a path that cannot touch the disk
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # its name from Python 3.13 on
-}
+
+class _Plain:
+    """Takes the attributes that a pickle gives it."""
+
+
+class _Properties(_Plain):
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]  # the rest is deprecated
+
+
+class _Index(_Plain):
+    fqn: str
+    offset: tuple[int, ...] | None = None
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...] | None]:
+        return self.fqn, None if self.offset is None else tuple(self.offset)
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Index) and other.place == self.place
+
+
+def _stand_ins() -> dict[tuple[str, str], Any]:
+    """Return what a pickle gets for the names it may use: classes and functions made for this call, and constants."""
+    plain = ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "StorageMeta", "TensorStorageMetadata")
+    return {
+        **{(metadata.__name__, name): type(name, (_Plain,), {}) for name in plain},
+        (metadata.__name__, "TensorProperties"): type("TensorProperties", (_Properties,), {}),
+        (metadata.__name__, "MetadataIndex"): type("MetadataIndex", (_Index,), {}),
+        (metadata.__name__, "_MEM_FORMAT_ENCODING"): lambda value: value,
+        (filesystem.__name__, "_StorageInfo"): type("_StorageInfo", (_Plain,), {}),
+        ("torch", "Size"): torch.Size,  # C types like these two cannot be changed
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch.serialization", "_get_layout"): lambda name: name,
+        ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+        ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),  # its name from Python 3.13 on
+    }
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self._path = path
+        self._allowed = _stand_ins()
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+        if (module, name) in self._allowed:
+            return self._allowed[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise CheckpointError(f"the metadata asks for {module}.{name}, which no checkpoint needs: it was not run")
+        raise CheckpointError(f"{self._path} asks for {module}.{name}, which no checkpoint needs: it was not run")
 
 
 def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Record]]:
@@ -62,21 +88,23 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Record
         CheckpointDamagedError: It is no such pickle.
     """
     try:
-        found: metadata.Metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        found = _Unpickler(path).load()
         records = {
-            index: Record(info.relative_path, info.offset, info.length, None)
+            index.place: Record(info.relative_path, info.offset, info.length, None)
             for index, info in found.storage_data.items()
         }
         tensors, values = {}, {}
         for name, entry in found.state_dict_metadata.items():
-            if isinstance(entry, metadata.TensorStorageMetadata):
+            if hasattr(entry, "chunks"):
+                if not isinstance(entry.properties.dtype, torch.dtype):
+                    raise TypeError(f"{name} has dtype {entry.properties.dtype!r}")
                 chunks = [
-                    Chunk(tuple(c.offsets), tuple(c.sizes), records[metadata.MetadataIndex(name, c.offsets)])
-                    for c in entry.chunks
+                    Chunk(tuple(c.offsets), tuple(c.sizes), records[name, tuple(c.offsets)]) for c in entry.chunks
                 ]
                 tensors[name] = StoredTensor(tuple(entry.size), dtype_name(entry.properties.dtype), tuple(chunks))
             else:
-                values[name] = records[metadata.MetadataIndex(name)]
+                values[name] = records[name, None]
+        check_places(tensors, values)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way

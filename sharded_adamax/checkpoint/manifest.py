@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,90 @@ def parse(data: bytes, path: Path) -> Manifest:
     """
     try:
         body: dict[str, Any] = json.loads(data)
-        digest = body.pop("digest")
-        if digest != _digest(body) or body["format"] != FORMAT:
+        # The bytes, too: 1e-05 and 1E-05 are the same number and one bit apart.
+        if _canonical(body) != data or body.pop("digest") != _digest(body) or body["format"] != FORMAT:
             raise ValueError("its digest does not match")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not isinstance(body["version"], int):
+            raise TypeError(f"its version is {body['version']!r}")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path} is damaged ({error}): use another checkpoint") from error
     if body["version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {body['version']}, this release reads up to {FORMAT_VERSION}: upgrade "
             "sharded_adamax"
         )
-    return _from_body(body)
+    try:
+        found = _from_body(body)
+        _check_types(found)
+        check_places(found.tensors, found.values)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # its digest is right: made, not damaged
+        raise CheckpointDamagedError(f"{path} is no manifest ({error}): use another checkpoint") from error
+    return found
+
+
+def check_places(tensors: dict[str, StoredTensor], values: dict[str, Record]) -> None:
+    """Check that records and boxes are possible, whoever says so: inside the directory, inside the tensor.
+
+    Raises:
+        ValueError: Names the tensor and what is wrong.
+    """
+    for name, tensor in tensors.items():
+        if not _are_sizes(tensor.shape) or not isinstance(tensor.dtype, str):
+            raise ValueError(f"{name} has shape {tensor.shape!r} and dtype {tensor.dtype!r}")
+        for chunk in tensor.chunks:
+            inside = (
+                _are_sizes(chunk.offsets)
+                and _are_sizes(chunk.sizes)
+                and len(chunk.offsets) == len(chunk.sizes) == len(tensor.shape)
+                and all(o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True))
+            )
+            if not inside:
+                raise ValueError(f"{name} has shape {tensor.shape}, and a part at {chunk.offsets} of {chunk.sizes}")
+            _check_record(name, chunk.record)
+    for name, record in values.items():
+        _check_record(name, record)
+
+
+def _check_record(name: str, record: Record) -> None:
+    if not is_file_name(record.file):
+        raise ValueError(f"{name} is said to be in a file outside of the directory: {record.file!r}")
+    if not _are_sizes((record.offset, record.length)) or not isinstance(record.crc32, int | None):
+        raise ValueError(f"{name} is said to be at {record.offset!r}, {record.length!r} bytes")
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether ``name`` can only be a file in the directory it is joined to."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(character in name for character in "/\\\0")
+        and len(name.encode(errors="replace")) <= 255
+    )
+
+
+def _are_sizes(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_types(found: Manifest) -> None:
+    expected: dict[str, Any] = {
+        "run_id": str,
+        "save_id": str,
+        "step": int | None,
+        "metric": float | int | None,
+        "world_size": int,
+        "layout_digest": str | None,
+        "created": str,
+        "torch_version": str,
+    }
+    for key, types in expected.items():
+        if not isinstance(getattr(found, key), types):
+            raise TypeError(f"{key} is {getattr(found, key)!r}")
+    for name, file in found.files.items():
+        if not is_file_name(name):
+            raise ValueError(f"it lists a file outside of the directory: {name!r}")
+        if not _are_sizes([file.bytes]) or not isinstance(file.sha256, str):
+            raise TypeError(f"it says {file} of {name}")
 
 
 def _from_body(body: dict[str, Any]) -> Manifest:

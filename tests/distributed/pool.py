@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-MAX_RANKS = 4
+MAX_RANKS = 5
 
 
 @dataclass
