@@ -7,6 +7,7 @@ DistributedDataParallel, torch.compile and activation checkpointing put before t
 
 from __future__ import annotations
 
+import ctypes
 import io
 import random
 import sys
@@ -77,7 +78,8 @@ def to_bytes(extra: Any) -> Tensor:
 
 def from_bytes(data: Tensor) -> Any:
     """Return what `to_bytes` was given."""
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    # Not data.numpy(): the package needs torch alone.
+    return torch.load(io.BytesIO(ctypes.string_at(data.data_ptr(), data.nbytes)), map_location="cpu", weights_only=True)
 
 
 def rng_state() -> dict[str, Any]:
@@ -85,8 +87,9 @@ def rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
+    numpy = sys.modules.get("numpy")  # only a program that uses it has a state of it worth keeping
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
         state["numpy"] = (name, keys.tolist(), *rest)
     return state
 
@@ -97,8 +100,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
+    numpy = sys.modules.get("numpy")
+    if "numpy" in state and numpy is not None:
+        numpy.random.set_state(state["numpy"])
 
 
 def _is_param_names(key: str) -> bool:

@@ -261,6 +261,8 @@ def _dcp_metadata(
 
 
 def _check_metadata(path: Path, found: Manifest) -> None:
+    if not path.is_file():
+        raise CheckpointDamagedError(f"{path} is missing: use another checkpoint")
     if manifest.file_of(path.read_bytes()) != found.files.get(path.name):
         raise CheckpointDamagedError(f"{path} is damaged: it is not what was written, use another checkpoint")
 

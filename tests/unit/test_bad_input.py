@@ -481,6 +481,20 @@ def test_a_sparse_gradient_of_a_parameter_that_was_frozen_is_refused_too(reduce_
     assert_same_bits(linear.weight, before, "weight")
 
 
+def test_a_skipped_step_forgets_its_gradients_as_a_taken_one_does() -> None:
+    param, expected = _param(3), _param(3)
+    optimizer, reference = ShardedAdamax([param], skip_nonfinite=True), torch.optim.Adamax([expected])
+    for factor in (math.inf, 1.0, math.nan, 2.0):  # no zero_grad in between: there is nothing left to clear
+        torch.autograd.backward((param * factor).sum())
+        optimizer.step()
+        assert param.grad is None
+        if math.isfinite(factor):
+            expected.grad = torch.full((3,), factor)
+            reference.step()
+        assert_same_bits(param, expected, f"the parameter after a gradient of {factor}")
+    assert optimizer.skipped_steps == 2 and optimizer.state[param]["step"] == 2
+
+
 def test_no_sync_is_refused_where_gradients_arrive_reduced() -> None:
     optimizer = ShardedAdamax([_param(3)], reduce_gradients=False)
     with pytest.raises(RuntimeError, match=r"reduce_gradients=True.*model\.no_sync\(\)"), optimizer.no_sync():

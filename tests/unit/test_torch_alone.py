@@ -1,0 +1,35 @@
+"""The package needs torch and nothing else: not even numpy, which torch itself can do without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import sys
+for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors"):
+    sys.modules[name] = None  # an import of it raises
+import torch
+from sharded_adamax import CheckpointManager, ShardedAdamax, load, save
+
+model = torch.nn.Linear(7, 5)
+optimizer = ShardedAdamax(model.named_parameters())
+for _ in range(2):
+    model(torch.ones(3, 7)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+save(sys.argv[1] + "/one", model, optimizer, extra={"epoch": 3})
+assert load(sys.argv[1] + "/one", model, optimizer, restore_rng=True) == {"epoch": 3}
+manager = CheckpointManager(sys.argv[1] + "/many")
+manager.save(2, model, optimizer)
+assert manager.restore(model, optimizer) == (2, None)
+assert optimizer.full_state_dict()["state"][0]["step"] == 2
+"""
+
+
+def test_training_saving_and_restoring_need_torch_alone(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
