@@ -105,11 +105,9 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(victim: Path, file: str) -> N
     load(victim, *_job(1))  # without damage there is no refusal
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [file for file in FILES if file.endswith(".distcp")])  # the others have no records
 def test_a_flipped_bit_in_every_record_is_refused_by_name(victim: Path, file: str) -> None:
     # Random places hit large records; here each record has its turn: each value, the 0-element tensor, the generators.
-    if not file.endswith(".distcp"):
-        pytest.skip("has no records")
     path = victim / file
     whole = path.read_bytes()
     records = [record for _, record in _records(_manifest(victim)) if record.file == file]
