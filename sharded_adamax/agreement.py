@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharded_adamax.collectives import ControlPlane, Pending
+from sharded_adamax.collectives import ControlPlane
+from sharded_adamax.pending import Pending
 
 
 class RemoteError(RuntimeError):
@@ -110,8 +111,9 @@ class Vote:
     any_rank_numels: dict[str, int]
     same_numels: dict[str, int]
 
-    def wait(self) -> Outcome:
-        ballot = self.pending.wait()
+    def wait(self, doing: str) -> Outcome:
+        """Return what the ranks said; ``doing`` is for the message if one of them does not vote."""
+        ballot = self.pending.wait(doing)
         any_rank, differs = {}, {}
         start = 0
         for name, numel in self.any_rank_numels.items():

@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_adamax.engine import Member, ParamGroup, hyper_line
+from sharded_adamax.buckets import LOW_PRECISION, Precision
+from sharded_adamax.engine import Settings
 from sharded_adamax.kernels import refuse_flags
+from sharded_adamax.layout import ParamSpec
+from sharded_adamax.members import Member, ParamGroup, hyper_line
 
 
 def process_group_of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
@@ -30,34 +33,51 @@ def process_group_of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh |
     return mesh.get_group()
 
 
-def refuse_unsupported(
-    *,
-    fused: bool | None,
-    reduce_dtype: torch.dtype | None,
-    master_dtype: torch.dtype | None,
-    state_format: str,
-) -> None:
+def refuse_unsupported(*, fused: bool | None, state_format: str) -> None:
     """Raise NotImplementedError naming the first argument whose capability does not exist yet."""
-    given = {
-        "fused": (fused, (None, False)),
-        "reduce_dtype": (reduce_dtype, (None,)),
-        "master_dtype": (master_dtype, (None,)),
-        "state_format": (state_format, ("full",)),
-    }
+    given = {"fused": (fused, (None, False)), "state_format": (state_format, ("full",))}
     for name, (value, supported) in given.items():
         if value not in supported:
             raise NotImplementedError(f"{name}={value!r} is not implemented yet: expected {supported[0]!r}")
 
 
-def check_bucket_mib(bucket_mib: float) -> None:
-    """Raise ValueError where no bucket could hold anything."""
+def checked_settings(
+    *,
+    reduce_gradients: bool,
+    bucket_mib: float,
+    reduce_dtype: torch.dtype | None,
+    master_dtype: torch.dtype | None,
+    skip_nonfinite: bool,
+) -> Settings:
+    """Return the settings of the whole optimizer.
+
+    Raises:
+        ValueError: No bucket could hold anything; a dtype in which gradients cannot be summed, or nothing is reduced; a
+            master of another dtype than float32.
+    """
     if not bucket_mib > 0:
         raise ValueError(f"expected bucket_mib > 0, got {bucket_mib}")
     if math.isinf(bucket_mib) or bucket_mib * 2**20 < 1:
         raise ValueError(f"expected bucket_mib to be a finite number of MiB, at least one byte, got {bucket_mib}")
+    if reduce_dtype is not None:
+        if reduce_dtype not in (*LOW_PRECISION, torch.float32, torch.float64):
+            raise ValueError(f"expected reduce_dtype to be bfloat16, float16, float32 or float64, got {reduce_dtype}")
+        if not reduce_gradients:
+            raise ValueError(
+                f"reduce_dtype={reduce_dtype} has no effect with reduce_gradients=False: the gradients arrive reduced. "
+                "Leave it out; in DistributedDataParallel a communication hook sets the dtype on the wire"
+            )
+    if master_dtype not in (None, torch.float32):
+        raise ValueError(f"expected master_dtype to be None or torch.float32, got {master_dtype}")
+    return Settings(
+        reduce_gradients=reduce_gradients,
+        bucket_bytes=int(bucket_mib * 2**20),
+        skip_nonfinite=skip_nonfinite,
+        precision=Precision(reduce_dtype, master_dtype),
+    )
 
 
-def check_groups(groups: Sequence[ParamGroup], first_group: int) -> None:
+def check_groups(groups: Sequence[ParamGroup], first_group: int, reduce_dtype: torch.dtype | None) -> None:
     """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
     for group in groups[first_group:]:
         refuse_flags(group)
@@ -69,8 +89,8 @@ def check_groups(groups: Sequence[ParamGroup], first_group: int) -> None:
                 f"{member.name} is a {type(param.data).__name__}: expected a plain tensor. Parameters that are sharded "
                 "already (FSDP2, tensor parallelism) go with torch.optim.Adamax"
             )
-        if param.is_complex():
-            raise NotImplementedError(f"{member.name} is complex ({param.dtype}): not implemented yet")
+        if param.is_complex() and reduce_dtype is not None:
+            raise ValueError(f"{member.name} is complex ({param.dtype}): reduce_dtype={reduce_dtype} cannot carry it")
         if param.layout is not torch.strided or param.is_meta:
             raise ValueError(
                 f"{member.name}: expected a dense tensor with storage, got layout {param.layout} on {param.device}"
@@ -136,9 +156,10 @@ def describe(groups: Sequence[ParamGroup], members: Sequence[Member], first_grou
         lines.append(hyper_line(group_index, groups[group_index]))
         for member in members:
             if member.group_index == group_index:
+                spec = ParamSpec.of(member.name, member.param)
                 frozen = "" if member.param.requires_grad else ", frozen"
+                order = f", dimensions in memory order {spec.dim_order}" if spec.dim_order else ""
                 lines.append(
-                    f"{member.name} of shape {tuple(member.param.shape)} and dtype {member.param.dtype}{frozen} "
-                    f"in group {group_index}"
+                    f"{spec.name} of shape {spec.shape} and dtype {spec.dtype}{order}{frozen} in group {group_index}"
                 )
     return lines

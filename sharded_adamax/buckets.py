@@ -2,19 +2,46 @@
 
 [Note: who owns which memory]  The values of the parameters live in ``Bucket.flat_param``; each ``param.data`` is a
 view of it, so that an all-gather writes straight into the tensors that the model uses. m and u exist only for the
-rank's own shard. Gradients have no home here: a bucket-sized buffer exists from the moment a bucket is complete until
-it is reduced.
+rank's own shard, and so does the master. Gradients have no home here: a bucket-sized buffer exists from the moment a
+bucket is complete until it is reduced.
+
+[Note: master]  With a master dtype, parameters of 16 bits are updated in a copy of more bits, and are that copy
+rounded, bit for bit. So wherever a parameter is not its rounded master, somebody has written to the parameter since
+(loaded a checkpoint, averaged weights, clamped some), and there the master takes the new value. No write can be
+overlooked. Autograd's version counter tells more: if a write went through the parameter itself, as those of
+`load_state_dict` do, and changed anything of it, the master takes all of it, so that the state after loading does not
+depend on what was there before. Without a change (averaged weights swapped in and out) the digits that the parameter
+does not show are kept; so are those of the elements that a write through ``param.data`` left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharded_adamax.layout import BucketLayout, Piece
+from sharded_adamax.layout import BucketLayout, Piece, dense_strides
+from sharded_adamax.ranges import dim_order
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which dtypes gradients travel and the update is computed."""
+
+    reduce_dtype: torch.dtype | None = None  # None: the parameter's
+    master_dtype: torch.dtype | None = None  # None: no master
+
+    def on_wire(self, param_dtype: torch.dtype) -> torch.dtype:
+        return self.reduce_dtype or param_dtype
+
+    def of_update(self, param_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of m, u, the gradient shard and what is updated; a master is for 16 bits only."""
+        return self.master_dtype if self.master_dtype and param_dtype in LOW_PRECISION else param_dtype
 
 
 class Identity(NamedTuple):
@@ -37,32 +64,61 @@ class Bucket:
     pieces: list[Piece]  # one per slot: what this rank owns of it
     flat_param: Tensor  # (numel,)
     param_shard: Tensor  # (shard_numel,), view of flat_param
-    exp_avg: Tensor  # (shard_numel,), m
-    exp_inf: Tensor  # (shard_numel,), u
+    master: Tensor | None  # (shard_numel,) in the dtype of the update; see [Note: master]
+    exp_avg: Tensor  # (shard_numel,), m, in the dtype of the update
+    exp_inf: Tensor  # (shard_numel,), u, in the dtype of the update
     steps: Tensor  # (num_slots,) on the CPU: updates each parameter has seen, the same on all ranks
 
-    def __init__(self, layout: BucketLayout, params: Sequence[Tensor], rank: int) -> None:
+    def __init__(self, layout: BucketLayout, params: Sequence[Tensor], rank: int, precision: Precision) -> None:
         """Copy ``params`` into a new flat tensor and make each a view of it. Modifies ``params``: their ``data``."""
         self.layout = layout
         self.params = list(params)
         self.pieces = layout.pieces(rank)
+        self.wire_dtype = precision.on_wire(layout.dtype)
         device = self.params[0].device
         self.flat_param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
-        self.param_shard = self.flat_param[layout.shard(rank).as_slice()]
-        self.exp_avg = torch.zeros_like(self.param_shard)
-        self.exp_inf = torch.zeros_like(self.param_shard)
+        self.param_shard = self.flat_param.narrow(0, layout.shard(rank).start, layout.shard_numel)
+        update_dtype = precision.of_update(layout.dtype)
+        self.exp_avg = torch.zeros_like(self.param_shard, dtype=update_dtype)
+        self.exp_inf = torch.zeros_like(self.param_shard, dtype=update_dtype)
+        self.master = None if update_dtype == layout.dtype else torch.zeros_like(self.exp_avg)
         # torch keeps step in the default dtype where that is float64, and in float32 otherwise.
         step_dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
         self.steps = torch.zeros(len(layout.slots), dtype=step_dtype)
         self._adopt_params()
+        self._versions = [param._version for param in self.params]
         self._identities = [Identity.of(param) for param in self.params]
 
     def _adopt_params(self) -> None:
         # One at a time: the old tensor is freed as soon as its values are in the bucket.
         for slot, param in zip(self.layout.slots, self.params, strict=True):
-            view = self.flat_param[slot.in_bucket.as_slice()].view(param.shape)
+            view = self.flat_param.as_strided(param.shape, dense_strides(param), slot.start)
             view.copy_(param.data)
             param.data = view
+
+    @property
+    def target(self) -> Tensor:
+        """Return what an update changes, shape (shard_numel,): the master, or the parameters where there is none."""
+        return self.param_shard if self.master is None else self.master
+
+    def refresh_master(self) -> None:
+        """Take over what was written to the parameters since the last update. See [Note: master]."""
+        if self.master is None:
+            return
+        rounded = self.master.to(self.layout.dtype)
+        # Bits, because NaN is not equal to itself and 0 is equal to -0.
+        written = rounded.view(torch.int16) != self.param_shard.view(torch.int16)
+        for index, (param, piece) in enumerate(zip(self.params, self.pieces, strict=True)):
+            if param._version != self._versions[index]:
+                self._versions[index] = param._version
+                part = written[piece.in_shard.as_slice()]
+                part |= part.any()
+        self.master.copy_(torch.where(written, self.param_shard, self.master))
+
+    def round_master(self) -> None:
+        """Make the parameters of this shard what the master is, rounded to nearest, ties to even."""
+        if self.master is not None:
+            self.param_shard.copy_(self.master)
 
     def moved_params(self) -> list[int]:
         """Return the slots whose parameter is no longer the view that was given to it, by ``param.data = ...`` say."""
@@ -79,9 +135,9 @@ class Bucket:
         none: `step` will complain of it on all ranks together, which cannot be done in the middle of backward.
 
         Returns:
-            Shape (numel,), the dtype of the bucket.
+            Shape (numel,), the dtype of the wire.
         """
-        buffer = torch.empty_like(self.flat_param)
+        buffer = torch.empty_like(self.flat_param, dtype=self.wire_dtype)
         views, gradients = [], []
         written = 0
         for slot, param, identity in zip(self.layout.slots, self.params, self._identities, strict=True):
@@ -89,7 +145,7 @@ class Bucket:
             if gradient is None or gradient.is_sparse or gradient.shape != identity.shape:
                 continue
             buffer[written : slot.start].zero_()
-            views.append(buffer[slot.in_bucket.as_slice()].view(identity.shape))
+            views.append(buffer.as_strided(identity.shape, identity.stride, slot.start))
             gradients.append(gradient.detach())
             written = slot.in_bucket.stop
             param.grad = None
@@ -98,6 +154,16 @@ class Bucket:
             torch._foreach_copy_(views, gradients)
         return buffer
 
+    def mean_shard(self, total: Tensor, num_ranks: int) -> Tensor:
+        """Return the mean gradient from the sum over the ranks, rounded once, to the dtype of the update.
+
+        Args:
+            total: Shape (shard_numel,), the dtype of the wire; consumed.
+        """
+        # Divided in the wider of both: a sum of 16-bit gradients must not lose digits on the way into a master.
+        wide = torch.promote_types(total.dtype, self.exp_avg.dtype)
+        return total.to(wide).div_(num_ranks).to(self.exp_avg.dtype)
+
     def collect_gradient_shard(self, used: Sequence[bool]) -> Tensor:
         """Copy this rank's part of gradients that are already reduced; ``param.grad`` stays.
 
@@ -105,11 +171,12 @@ class Bucket:
             used: For each slot, whether it has a gradient.
 
         Returns:
-            Shape (shard_numel,), the dtype of the bucket; zeros where there is no gradient.
+            Shape (shard_numel,), the dtype of the update; zeros where there is no gradient.
         """
-        shard = torch.zeros_like(self.param_shard)
+        shard = torch.zeros_like(self.exp_avg)
         for piece, param, has_gradient in zip(self.pieces, self.params, used, strict=True):
             if has_gradient and piece.in_param.numel:
                 assert param.grad is not None
-                shard[piece.in_shard.as_slice()].copy_(param.grad.reshape(-1)[piece.in_param.as_slice()])
+                in_memory = param.grad.permute(dim_order(param.stride())).reshape(-1)
+                shard[piece.in_shard.as_slice()].copy_(in_memory[piece.in_param.as_slice()])
         return shard

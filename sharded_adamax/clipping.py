@@ -42,11 +42,12 @@ def total_norm(
         for piece, is_used in zip(bucket.pieces, flags, strict=True):
             if not is_used:
                 continue
-            dtypes.append(shard.dtype)
+            dtypes.append(shard.dtype.to_real())
             if piece.in_shard.numel == 0:
                 powers.append(torch.full((), nothing, dtype=torch.float64, device=shard.device))
                 continue
-            norm = torch.linalg.vector_norm(shard[piece.in_shard.as_slice()], norm_type, dtype=torch.float64)
+            wide = torch.complex128 if shard.is_complex() else torch.float64
+            norm = torch.linalg.vector_norm(shard[piece.in_shard.as_slice()], norm_type, dtype=wide)
             powers.append(norm if math.isinf(norm_type) or norm_type == 0 else norm**norm_type)
     combined = torch.stack(powers)
     group.all_reduce(combined, "max" if norm_type == math.inf else "min" if norm_type == -math.inf else "sum")

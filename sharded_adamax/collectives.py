@@ -17,32 +17,24 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending
 from sharded_adamax.ranges import Range
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 MESSAGE_BYTES = 1 << 20
-# Tags of our messages stay in a block of their own, out of the way of small tags in the user's own send and recv.
-FIRST_TAG = 1 << 24
-NUM_TAGS = 1 << 24
-
-
-class Pending(Protocol[T_co]):
-    """A collective under way. ``wait`` may be called once and returns the result."""
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that live only until ``wait``: what is being sent, and where others' messages arrive."""
-
-    def wait(self) -> T_co: ...
+# Tags of our messages stay in blocks of their own, out of the way of small tags in the user's own send and recv. Each
+# kind has its block: a rank that is a step behind the others must not take a gradient for a parameter.
+FIRST_TAG = {"reduce_scatter": 1 << 24, "all_gather": 3 << 23}
+NUM_TAGS = 1 << 23
+PROBE_TAG = 1 << 25
 
 
 @dataclass
@@ -70,10 +62,23 @@ class ControlPlane:
         """Start the element-wise maximum of a small uint8 CPU tensor over the ranks. Modifies ``ballot`` in place."""
         self.traffic.record("maximum", ballot.nbytes if self.size > 1 else 0)
         if self._process_group is None:
-            return _Done(ballot)
+            return Done(ballot)
         work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._process_group, async_op=True)
         assert work is not None  # None is for ranks outside the group; control_plane refuses those
-        return _Native(work, ballot)
+        return Native(self.rank, work, ballot)
+
+    def dead_ranks(self) -> list[int]:
+        """Return the ranks that take no message any more. For use after a failure only; gloo only knows."""
+        if self._process_group is None or _backend_name(self._process_group, torch.device("cpu")) != "gloo":
+            return []
+        found = []
+        for peer in range(self.size):
+            if peer != self.rank:
+                try:
+                    self._process_group.send([torch.zeros(1, dtype=torch.uint8)], peer, PROBE_TAG).wait(GLANCE)
+                except RuntimeError:
+                    found.append(peer)
+        return found
 
     def exchange(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank. Small picklable objects only."""
@@ -140,18 +145,6 @@ class Group(ABC):
         """Return the shards of all ranks, one after another, on rank ``to``; None elsewhere."""
 
 
-@dataclass
-class _Done(Generic[T]):
-    result: T
-
-    @property
-    def held_bytes(self) -> int:
-        return 0
-
-    def wait(self) -> T:
-        return self.result
-
-
 class LocalGroup(Group):
     """A world of one: the same code, no process group, nothing sent."""
 
@@ -160,11 +153,11 @@ class LocalGroup(Group):
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         self.traffic.record("reduce_scatter", 0)
-        return _Done(bucket)
+        return Done(bucket)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         self.traffic.record("all_gather", 0)
-        return _Done(None)
+        return Done(None)
 
     def broadcast(self, tensor: Tensor) -> None:
         self.traffic.record("broadcast", 0)
@@ -175,24 +168,6 @@ class LocalGroup(Group):
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         self.traffic.record("gather", 0)
         return shard
-
-
-@dataclass
-class _Native(Generic[T]):
-    """A collective of torch.distributed. Holds the tensors it works on until waited for."""
-
-    work: dist.Work
-    result: T
-    keep_alive: Tensor | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        return 0 if self.keep_alive is None else self.keep_alive.nbytes
-
-    def wait(self) -> T:
-        self.work.wait()
-        self.keep_alive = None
-        return self.result
 
 
 class ProcessGroup(Group):
@@ -206,18 +181,19 @@ class ProcessGroup(Group):
         shard = bucket.new_empty(bucket.numel() // self.size)
         self.traffic.record("reduce_scatter", shard.nbytes * (self.size - 1))
         # SUM, and the caller divides: ReduceOp.AVG was silently wrong on some releases (pytorch/pytorch#162338).
-        work = _reduce_scatter_single(shard, bucket, group=self._process_group, async_op=True)
-        return _Native(work, shard, keep_alive=bucket)
+        work = _reduce_scatter_single(_as_real(shard), _as_real(bucket), group=self._process_group, async_op=True)
+        return Native(self.rank, work, shard, keep_alive=bucket)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         shard = bucket[_shard_of(bucket, self.rank, self.size).as_slice()]
         self.traffic.record("all_gather", shard.nbytes * (self.size - 1))
         # In place: the output's own shard is the input. The parameters outlive the call, so nothing is kept alive here.
-        return _Native(_all_gather_single(bucket, shard, group=self._process_group, async_op=True), None)
+        work = _all_gather_single(_as_real(bucket), _as_real(shard), group=self._process_group, async_op=True)
+        return Native(self.rank, work, None)
 
     def broadcast(self, tensor: Tensor) -> None:
         self.traffic.record("broadcast", tensor.nbytes if self.rank == 0 else 0)
-        dist.broadcast(tensor, group_src=0, group=self._process_group)
+        dist.broadcast(_as_real(tensor), group_src=0, group=self._process_group)
 
     def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
         self.traffic.record("all_reduce", tensor.nbytes)
@@ -226,27 +202,13 @@ class ProcessGroup(Group):
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         if self.rank != to:
             self.traffic.record("gather", shard.nbytes)
-            dist.gather(shard, None, group_dst=to, group=self._process_group)
+            dist.gather(_as_real(shard), None, group_dst=to, group=self._process_group)
             return None
         self.traffic.record("gather", 0)
         whole = shard.new_empty(self.size * shard.numel())
-        dist.gather(shard, list(whole.view(self.size, -1)), group_dst=to, group=self._process_group)
+        rows = _as_real(whole).view(self.size, -1)
+        dist.gather(_as_real(shard), list(rows), group_dst=to, group=self._process_group)
         return whole
-
-
-@dataclass
-class _Messages(Generic[T]):
-    """Point-to-point messages under way, and what to do when all have arrived."""
-
-    works: list[dist.Work]
-    finish: Callable[[], T]
-    held_bytes: int
-
-    def wait(self) -> T:
-        for work in self.works:
-            work.wait()
-        self.works.clear()
-        return self.finish()
 
 
 class GlooGroup(ProcessGroup):
@@ -254,53 +216,62 @@ class GlooGroup(ProcessGroup):
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         super().__init__(process_group)
-        self._num_messages = 0  # the same on all ranks: every rank cuts every collective into the same messages
+        # By kind; the same on all ranks, because every rank cuts every collective into the same messages.
+        self._num_messages: Counter[str] = Counter()
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
-        rows = bucket.view(self.size, -1)  # row q is meant for rank q
+        rows = _as_real(bucket).view(self.size, -1)  # row q is meant for rank q
         received = rows.new_empty(rows.shape[1] * (self.size - 1)).view(self.size - 1, -1)
         arrivals = {peer: received[i] for i, peer in enumerate(self._peers())}
         arrivals[self.rank] = rows[self.rank]
+        is_complex = bucket.is_complex()
 
         def sum_in_rank_order() -> Tensor:
             total = torch.add(arrivals[0], arrivals[1])
             for peer in range(2, self.size):
                 total.add_(arrivals[peer])
             arrivals.clear()
-            return total
+            return torch.view_as_complex(total.view(-1, 2)) if is_complex else total
 
-        works = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: arrivals[peer])
-        return _Messages(works, sum_in_rank_order, held_bytes=bucket.nbytes + received.nbytes)
+        messages = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: arrivals[peer])
+        return Messages(self.rank, messages, sum_in_rank_order, held_bytes=bucket.nbytes + received.nbytes)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
-        rows = bucket.view(self.size, -1)  # row q comes from rank q
-        works = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
-        return _Messages(works, lambda: None, held_bytes=0)
+        rows = _as_real(bucket).view(self.size, -1)  # row q comes from rank q
+        messages = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
+        return Messages(self.rank, messages, lambda: None, held_bytes=0)
 
     def _peers(self) -> list[int]:
         """Return the other ranks, the next one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-    def _start(self, kind: str, *, send: Callable[[int], Tensor], receive: Callable[[int], Tensor]) -> list[dist.Work]:
+    def _start(self, kind: str, *, send: Callable[[int], Tensor], receive: Callable[[int], Tensor]) -> list[Message]:
         """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``."""
         row = send(self._peers()[0])
         message_numel = MESSAGE_BYTES // row.element_size()
-        works = []
+        messages = []
         for start in range(0, row.numel(), message_numel):
             part = slice(start, start + message_numel)
-            tag = FIRST_TAG + self._num_messages % NUM_TAGS
-            self._num_messages += 1
+            tag = FIRST_TAG[kind] + self._num_messages[kind] % NUM_TAGS
+            self._num_messages[kind] += 1
             for peer in self._peers():
-                works.append(self._process_group.recv([receive(peer)[part]], peer, tag))
-                works.append(self._process_group.send([send(peer)[part]], peer, tag))
+                arrival = self._process_group.recv([receive(peer)[part]], peer, tag)
+                messages.append(Message(peer, is_arrival=True, work=arrival))
+                departure = self._process_group.send([send(peer)[part]], peer, tag)
+                messages.append(Message(peer, is_arrival=False, work=departure))
         self.traffic.record(kind, row.nbytes * (self.size - 1))
-        return works
+        return messages
 
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed both and warns on the old names; earlier releases have only those.
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as twice as many real ones, which every backend carries; others as they are."""
+    return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
 
 
 def _shard_of(bucket: Tensor, rank: int, size: int) -> Range:

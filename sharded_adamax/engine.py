@@ -14,7 +14,6 @@ The ranks decide together before the first parameter is touched: a step is taken
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,17 +22,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_adamax import agreement, clipping
+from sharded_adamax import clipping
 from sharded_adamax import layout as layouts
-from sharded_adamax.buckets import Bucket
+from sharded_adamax.buckets import Bucket, Precision
 from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
+from sharded_adamax.gradients import GradientSource, ReducedGradients
+from sharded_adamax.guards import Guards
 from sharded_adamax.kernels import Hyper, choose
 from sharded_adamax.layout import Layout, ParamSpec
-from sharded_adamax.reduction import BackwardReduction, GradientSource, LocalView, ReducedGradients
-from sharded_adamax.state import FlatShard
-
-ParamGroup = dict[str, Any]
+from sharded_adamax.members import Member, ParamGroup, hyper_lines
+from sharded_adamax.pending import LostRankError
+from sharded_adamax.reduction import BackwardReduction
+from sharded_adamax.state import MASTER_KEY, STATE_KEYS, FlatShard
+from sharded_adamax.voting import RoundError, StepVote
 
 
 class HeldBytes(NamedTuple):
@@ -41,68 +43,66 @@ class HeldBytes(NamedTuple):
 
     parameters: int
     gradient_shards_peak: int
-    state: int
+    state: int  # exp_avg and exp_inf
     buckets_peak: int
+    masters: int
 
 
 @dataclass(frozen=True)
-class Member:
-    """A parameter as the optimizer knows it."""
+class Settings:
+    """What the user chose for the whole optimizer, the same on all ranks."""
 
-    param: Tensor
-    name: str
-    group_index: int
+    reduce_gradients: bool
+    bucket_bytes: int
+    skip_nonfinite: bool
+    precision: Precision
 
 
 class Engine:
     """The buckets of a job and what moves through them."""
 
-    def __init__(
-        self,
-        control: ControlPlane,
-        group: Group,
-        *,
-        reduce_gradients: bool,
-        bucket_bytes: int,
-        skip_nonfinite: bool,
-    ) -> None:
+    def __init__(self, control: ControlPlane, group: Group, settings: Settings) -> None:
         self.control = control
         self.group = group
-        self.bucket_bytes = bucket_bytes
-        self.skip_nonfinite = skip_nonfinite
-        self.source: GradientSource = BackwardReduction(group) if reduce_gradients else ReducedGradients(group)
+        self.settings = settings
+        self.guards = Guards(settings.skip_nonfinite)
+        self.source: GradientSource = BackwardReduction(group) if settings.reduce_gradients else ReducedGradients(group)
         self.gathering = ParameterGathering(group)
         self.layout = Layout(group.size, (), ())
         self.members: list[Member] = []  # in the order of layout.specs
         self.buckets: list[Bucket] = []
         self.frozen: list[Member] = []  # have no bucket and no state until they get a gradient
         self.num_skipped_steps = 0
-        self._reduced: list[bool] = []  # per slot: has a gradient that `reduce` has already reduced for the next step
+        self.grad_norm: Tensor | None = None  # of the last step, where it was computed
+        # Of the gradients as they were reduced, before they were clipped: by round and norm type.
+        self._norms: dict[tuple[int, float], Tensor] = {}
 
     def extend(self, members: Sequence[Member], state: dict[Tensor, Any]) -> None:
         """Lay out, broadcast from the first rank and give state to more parameters. Collective.
 
         Args:
             members: The same on all ranks; the caller has compared them.
-            state: The optimizer's; gets ``step``, ``exp_avg`` and ``exp_inf`` of each parameter.
+            state: The optimizer's; gets ``step``, ``exp_avg`` and ``exp_inf`` of each parameter, and ``master_param``
+                where there is one.
         """
         offset = len(self.members)
-        specs = [ParamSpec(m.name, tuple(m.param.shape), m.param.dtype) for m in members]
-        new = layouts.build(specs, world_size=self.group.size, bucket_bytes=self.bucket_bytes)
+        specs = [ParamSpec.of(m.name, m.param) for m in members]
+        new = layouts.build(specs, world_size=self.group.size, bucket_bytes=self.settings.bucket_bytes)
         self.layout = self.layout.extended(new)
         self.members += members
         for bucket_layout in self.layout.buckets[len(self.buckets) :]:
             owners = [members[slot.param - offset] for slot in bucket_layout.slots]
-            bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank)
+            bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank, self.settings.precision)
             self.group.broadcast(bucket.flat_param)
+            bucket.refresh_master()
             self.buckets.append(bucket)
             self.source.add(bucket, [m.name for m in owners])
             for piece, param in zip(bucket.pieces, bucket.params, strict=True):
-                state[param] = {
-                    "step": bucket.steps[piece.slot],
-                    "exp_avg": FlatShard(bucket.exp_avg[piece.in_shard.as_slice()], param.shape, piece.in_param),
-                    "exp_inf": FlatShard(bucket.exp_inf[piece.in_shard.as_slice()], param.shape, piece.in_param),
-                }
+                spec = self.layout.specs[piece.param]
+                state[param] = {"step": bucket.steps[piece.slot]}
+                for key, flat in sharded_state(bucket).items():
+                    part = flat.narrow(0, piece.in_shard.start, piece.in_shard.numel)
+                    state[param][key] = FlatShard(part, spec.shape, piece.in_param, spec.dim_order)
 
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
@@ -115,14 +115,32 @@ class Engine:
         """
         hypers = [Hyper.of(group) for group in groups]
         used = self.reduce(groups, state)
-        if self.skip_nonfinite and not self._all_finite():
+        if self._is_refused(used):
             self.num_skipped_steps += 1
-            self._forget_gradients()
-            return
-        for index, flags in enumerate(used):
-            self._update(index, flags, groups, hypers)
-        self.gathering.wait_all()
+        else:
+            for index, slots in enumerate(used):
+                self._update(index, slots, groups, hypers)
+            self.gathering.wait_all(self.source.step)
+        self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
+        self.source.step += 1
+
+    def _is_refused(self, used: list[list[bool]]) -> bool:
+        """Return whether all ranks skip this step. Collective."""
+        guards = self.guards
+        if guards.skip_nonfinite and guards.refuse_nonfinite(self.control, self._shards(), self.source.step):
+            return True
+        return guards.skip_norm_above is not None and guards.refuse_norm(self._norm(used, 2.0))
+
+    def _shards(self) -> list[Tensor]:
+        return [self.source.shard(index) for index in range(len(self.buckets))]
+
+    def _norm(self, used: list[list[bool]], norm_type: float) -> Tensor:
+        """Return the norm of the reduced gradients before they were clipped. Collective where it is not known yet."""
+        key = (self.source.num_rounds, norm_type)
+        if key not in self._norms:
+            self._norms[key] = clipping.total_norm(self.group, self.buckets, self._shards(), used, norm_type)
+        return self._norms[key]
 
     @torch.no_grad()
     def reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[list[bool]]:
@@ -134,10 +152,7 @@ class Engine:
         Raises:
             RuntimeError: As `step`.
         """
-        used = self._agree_and_reduce(groups, state)
-        earlier = self._reduced + [False] * (len(used) - len(self._reduced))
-        self._reduced = [now or before for now, before in zip(used, earlier, strict=True)]
-        flags = iter(self._reduced)
+        flags = iter(self._agree_and_reduce(groups, state))
         return [list(islice(flags, len(bucket.params))) for bucket in self.buckets]
 
     @torch.no_grad()
@@ -151,8 +166,8 @@ class Engine:
     ) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before. Collective."""
         used = self.reduce(groups, state)
-        shards = [self.source.shard(index) for index in range(len(self.buckets))]
-        norm = clipping.total_norm(self.group, self.buckets, shards, used, norm_type)
+        self._norms.pop((self.source.num_rounds, norm_type), None)  # before an earlier call clipped them
+        norm = self._norm(used, norm_type)
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -162,52 +177,72 @@ class Engine:
         self.source.scale_(clipping.clip_coefficient(norm, max_norm))
         return norm
 
+    @torch.no_grad()
+    def unscale_(
+        self,
+        groups: list[ParamGroup],
+        state: dict[Tensor, Any],
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        *,
+        allow_fp16: bool,
+    ) -> Tensor | None:
+        """Multiply all gradients by ``inv_scale``, for a GradScaler. Collective.
+
+        Returns:
+            ``found_inf``, modified in place: 1 where any rank found Inf or NaN. None where no parameter has a gradient.
+
+        Raises:
+            ValueError: The gradients are float16, in torch's words. With a master they are not.
+        """
+        assert isinstance(self.source, BackwardReduction)
+        used = self.reduce(groups, state)
+        if not any(chain.from_iterable(used)):
+            return None
+        if not allow_fp16 and any(
+            any(slots) and bucket.exp_avg.dtype == torch.float16
+            for bucket, slots in zip(self.buckets, used, strict=True)
+        ):
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        self.source.unscale_(inv_scale, found_inf)
+        self.group.all_reduce(found_inf, "max")
+        self._norms.clear()
+        return found_inf
+
     def discard(self) -> None:
         """Forget the gradients since the last step. Collective where there are any."""
         self.source.discard()
-        self._reduced = []
+        self._norms.clear()
 
     def _forget_gradients(self) -> None:
         self.source.drop()
-        self._reduced = []
+        self._norms.clear()
 
-    def _all_finite(self) -> bool:
-        """Return whether the mean gradient has neither Inf nor NaN on any rank. Collective; waits for the device."""
-        found = any(not bool(self.source.shard(index).isfinite().all()) for index in range(len(self.buckets)))
-        vote = agreement.start_vote(self.control, any_rank={"nonfinite": _bytes([found])}, same={})
-        return not vote.wait().any_rank["nonfinite"].any()
+    def refresh_masters(self) -> None:
+        """Take over what was written to the parameters since the last step. Local."""
+        for bucket in self.buckets:
+            bucket.refresh_master()
 
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
-        view = self.source.view()
-        # Moved first: a parameter that was moved gets gradients that look wrong for other reasons, too.
-        problem = self._moved_problem() or view.problem or self._frozen_problem()
-        frozen_used = [member.param.grad is not None for member in self.frozen]
-        same = {"hyper": _hyper_digest(groups), "gradients": view.fingerprints}
-        if self.source.gradients_agree:
-            same["presence"] = _bytes(view.used + frozen_used)
-        vote = agreement.start_vote(
-            self.control,
-            any_rank={
-                "problem": _bytes([problem is not None]),
-                "used": _bytes(view.used),
-                "again": _bytes(view.again),
-                "frozen_used": _bytes(frozen_used),
-            },
-            same=same,
-        )
+        slots = [self.members[slot.param] for bucket in self.buckets for slot in bucket.layout.slots]
+        # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
+        problem = self._moved_problem()
+        hypers = [*hyper_lines(groups), self.guards.line()]
+        vote = StepVote(self.control, self.source, hypers=hypers, slots=slots, frozen=self.frozen, problem=problem)
         self.source.flush()
-        outcome = vote.wait()
         try:
-            self._raise_on_disagreement(outcome, problem, groups, view)
+            decision = vote.wait()
+        except (RoundError, LostRankError):
+            raise  # what is under way will never be over: there is nothing to wait for
         except RuntimeError:
             self._forget_gradients()
             raise
-        for index, again in enumerate(outcome.any_rank["again"].tolist()):
+        for index, again in enumerate(decision.again):
             if again:
+                self._norms.clear()
                 self.source.launch_again(index)
-        used = [bool(value) for value in outcome.any_rank["used"].tolist()]
-        return used + self._thaw([bool(value) for value in outcome.any_rank["frozen_used"].tolist()], state)
+        return decision.used + self._thaw(decision.frozen_used, state)
 
     def _thaw(self, frozen_used: list[bool], state: dict[Tensor, Any]) -> list[bool]:
         """Give a bucket and state to parameters that were frozen until now. Returns the used-flags of their slots."""
@@ -226,6 +261,7 @@ class Engine:
         gradient = self.source.take_shard(index)
         if not any(used):
             return
+        bucket.refresh_master()
         bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
         steps = bucket.steps.tolist()
         by_group: dict[int, list[int]] = {}
@@ -237,13 +273,14 @@ class Engine:
                 parts = [bucket.pieces[slot].in_shard.as_slice() for slot in slots]
                 update_ = choose(groups[group_index]["foreach"], gradient.device)
                 update_(
-                    [bucket.param_shard[part] for part in parts],
+                    [bucket.target[part] for part in parts],
                     [gradient[part] for part in parts],
                     [bucket.exp_avg[part] for part in parts],
                     [bucket.exp_inf[part] for part in parts],
                     [steps[slot] for slot in slots],
                     hypers[group_index],
                 )
+            bucket.round_master()
         self.gathering.launch(index, bucket)
 
     def _moved_problem(self) -> str | None:
@@ -257,36 +294,6 @@ class Engine:
                 )
         return None
 
-    def _frozen_problem(self) -> str | None:
-        gradients = [member.param.grad for member in self.frozen]
-        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-            return "Adamax does not support sparse gradients"  # torch's own words
-        return None
-
-    def _raise_on_disagreement(
-        self, outcome: agreement.Outcome, problem: str | None, groups: list[ParamGroup], view: LocalView
-    ) -> None:
-        if outcome.any_rank["problem"].any():
-            agreement.raise_together(self.control, RuntimeError(problem) if problem else None, "taking a step")
-        if outcome.differs["hyper"].any():
-            agreement.compare(self.control, _hyper_lines(groups), "the hyper-parameters", error=RuntimeError)
-        names = [m.name for m in self._slot_members()] + [m.name for m in self.frozen]
-        advice = (
-            "reduce_gradients=False expects gradients that are already the same on all ranks. Wrap the model in "
-            "DistributedDataParallel, or build ShardedAdamax with reduce_gradients=True to let it reduce them"
-        )
-        presence = outcome.differs.get("presence")
-        if presence is not None and presence.any():
-            name = names[int(presence.nonzero()[0])]
-            raise RuntimeError(f"{name} has a gradient on some ranks and None on others; {advice}")
-        if outcome.differs["gradients"].any():
-            name = names[int(outcome.differs["gradients"].nonzero()[0]) // 8]
-            raise RuntimeError(f"the gradient of {name} differs between ranks; {advice}")
-
-    def _slot_members(self) -> list[Member]:
-        slots = chain.from_iterable(bucket.layout.slots for bucket in self.buckets)
-        return [self.members[slot.param] for slot in slots]
-
     def held_bytes(self) -> HeldBytes:
         peaks = self.source.peaks
         return HeldBytes(
@@ -294,26 +301,11 @@ class Engine:
             gradient_shards_peak=peaks.shard_bytes,
             state=sum(bucket.exp_avg.nbytes + bucket.exp_inf.nbytes for bucket in self.buckets),
             buckets_peak=peaks.bucket_bytes,
+            masters=sum(bucket.master.nbytes for bucket in self.buckets if bucket.master is not None),
         )
 
 
-def _bytes(flags: Sequence[bool]) -> Tensor:
-    return torch.tensor(flags, dtype=torch.uint8)
-
-
-def hyper_line(index: int, group: ParamGroup) -> str:
-    """Describe the hyper-parameters of a group. A tensor lr on an accelerator is not read: that would wait for it."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.item() if lr.device.type == "cpu" else f"a tensor on {lr.device.type}"
-    values = ", ".join(f"{key}={group[key]}" for key in ("betas", "eps", "weight_decay", "maximize"))
-    return f"group {index}: lr={lr}, {values}"
-
-
-def _hyper_lines(groups: list[ParamGroup]) -> list[str]:
-    return [hyper_line(index, group) for index, group in enumerate(groups)]
-
-
-def _hyper_digest(groups: list[ParamGroup]) -> Tensor:
-    digest = hashlib.sha256("\n".join(_hyper_lines(groups)).encode()).digest()[:8]
-    return torch.tensor(list(digest), dtype=torch.uint8)
+def sharded_state(bucket: Bucket) -> dict[str, Tensor]:
+    """Return what `optimizer.state` shows of a bucket, by its key there, each of shape (shard_numel,)."""
+    state = dict(zip(STATE_KEYS, (bucket.exp_avg, bucket.exp_inf), strict=True))
+    return state if bucket.master is None else {**state, MASTER_KEY: bucket.master}

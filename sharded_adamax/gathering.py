@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.profiler import record_function
 
 from sharded_adamax.buckets import Bucket
-from sharded_adamax.collectives import Group, Pending
+from sharded_adamax.collectives import Group
+from sharded_adamax.pending import Pending
 
 
 class ParameterGathering:
@@ -20,8 +21,9 @@ class ParameterGathering:
         with record_function(f"sharded_adamax::all_gather bucket {index}"):
             self._pending.append((index, self.group.all_gather(bucket.flat_param)))
 
-    def wait_all(self) -> None:
+    def wait_all(self, step: int) -> None:
+        """Wait until all parameters are new; ``step`` is for the message if a rank is lost."""
         for index, pending in self._pending:
             with record_function(f"sharded_adamax::wait gather bucket {index}"):
-                pending.wait()
+                pending.wait(f"the all-gather of bucket {index}, step {step}")
         self._pending.clear()

@@ -9,6 +9,8 @@
 - A *shard* is the part of a bucket that one rank owns. All shards of a bucket have the same number of elements, a
   multiple of 64: the bucket is padded at its end.
 - A *piece* is the part of one parameter inside one shard. The pieces of all ranks cover each parameter exactly once.
+- Elements of a parameter are counted in the order in which they lie in memory. That is the row-major order unless the
+  model is in channels_last or another dense format, which a bucket keeps: it is what convolutions are fast with.
 
 ::
 
@@ -29,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sharded_adamax.ranges import Range, round_up
+from sharded_adamax.ranges import Range, dim_order, round_up
 
 ALIGNMENT_NUMEL = 64
 
@@ -41,10 +43,22 @@ class ParamSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    dim_order: tuple[int, ...] = ()  # dimensions as they lie in memory, outermost first; () is the row-major order
+
+    @classmethod
+    def of(cls, name: str, param: torch.Tensor) -> ParamSpec:
+        order = dim_order(dense_strides(param))
+        row_major = order == tuple(range(param.dim()))
+        return cls(name, tuple(param.shape), param.dtype, () if row_major else order)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def dense_strides(param: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides of ``param``; where it overlaps itself or has gaps, those that torch would give a copy."""
+    return torch.empty_like(param, device="meta").stride()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,7 @@ class Piece:
 
     param: int  # index into Layout.specs
     slot: int  # index into BucketLayout.slots
-    in_param: Range  # elements of the flattened parameter
+    in_param: Range  # elements of the parameter, in memory order
     in_shard: Range  # the same elements, counted from the start of the shard
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sharded_adamax.kernels import refuse_flags
-from sharded_adamax.state import STATE_KEYS, FlatShard, local_part
+from sharded_adamax.state import MASTER_KEY, STATE_KEYS, FlatShard, local_part
 
 StateDict = dict[str, Any]
 _FLAGS_ONCE_MISSING = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
@@ -95,7 +95,12 @@ class _Part:
         return cls(
             target,
             float(loaded["step"]),
-            {key: local_part(loaded[key], target[key], f"{key} of {name}") for key in STATE_KEYS},
+            {
+                key: local_part(loaded[key], target[key], f"{key} of {name}")
+                for key in (*STATE_KEYS, MASTER_KEY)
+                # Without a stored master the one that is there goes on; it follows the parameters that are loaded.
+                if key in STATE_KEYS or (key in target and key in loaded)
+            },
         )
 
     @torch.no_grad()

@@ -15,10 +15,12 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_adamax import agreement, arguments, loading
 from sharded_adamax.collectives import control_plane, data_plane
-from sharded_adamax.engine import Engine, HeldBytes, ParamGroup
+from sharded_adamax.engine import Engine, HeldBytes, sharded_state
 from sharded_adamax.layout import Layout
+from sharded_adamax.members import ParamGroup
 from sharded_adamax.reduction import BackwardReduction
-from sharded_adamax.state import STATE_KEYS, gather_full
+from sharded_adamax.scaling import teach_grad_scaler
+from sharded_adamax.state import gather_full
 
 StateDict = dict[str, Any]
 
@@ -59,7 +61,10 @@ class ShardedAdamax(torch.optim.Adamax):
         reduce_gradients: True: this optimizer averages the gradients over the ranks; do not wrap the model in
             DistributedDataParallel. False: they arrive averaged (DDP, Hugging Face Trainer, Lightning) and stay in
             ``p.grad``.
-        reduce_dtype, master_dtype: Only None so far.
+        reduce_dtype: The dtype in which gradients travel and are summed; None is that of the parameters.
+        master_dtype: torch.float32 keeps parameters of 16 bits a second time, sharded, in float32, and m and u with
+            them; the parameters are that master, rounded. What is written to a parameter in place (a loaded checkpoint)
+            goes into the master with the next step. None: everything in the dtype of the parameter, as in torch.
         state_format: Only "full" so far.
         bucket_mib: Size of a bucket in MiB. A larger parameter has a bucket of its own.
         skip_nonfinite: Skip a step, on all ranks together, when the mean gradient has Inf or NaN anywhere; nothing is
@@ -109,13 +114,14 @@ class ShardedAdamax(torch.optim.Adamax):
         control = control_plane(process_group)
 
         def build() -> None:
-            arguments.refuse_unsupported(
-                fused=fused,
+            arguments.refuse_unsupported(fused=fused, state_format=state_format)
+            settings = arguments.checked_settings(
+                reduce_gradients=reduce_gradients,
+                bucket_mib=bucket_mib,
                 reduce_dtype=reduce_dtype,
                 master_dtype=master_dtype,
-                state_format=state_format,
+                skip_nonfinite=skip_nonfinite,
             )
-            arguments.check_bucket_mib(bucket_mib)
             # torch's own constructor: its checks, its messages, its defaults.
             super(ShardedAdamax, self).__init__(
                 params,
@@ -128,20 +134,20 @@ class ShardedAdamax(torch.optim.Adamax):
                 differentiable=differentiable,
                 capturable=capturable,
             )
-            arguments.check_groups(self.param_groups, first_group=0)
+            arguments.check_groups(self.param_groups, 0, reduce_dtype)
             device = arguments.common_device(self.param_groups)
-            group = data_plane(process_group, device)
-            self._engine = Engine(
-                control,
-                group,
-                reduce_gradients=reduce_gradients,
-                bucket_bytes=int(bucket_mib * 2**20),
-                skip_nonfinite=skip_nonfinite,
-            )
+            self._engine = Engine(control, data_plane(process_group, device), settings)
 
-        settings = f"reduce_gradients={reduce_gradients}, bucket_mib={bucket_mib}, skip_nonfinite={skip_nonfinite}"
         agreement.run_together(control, build, "building ShardedAdamax")
-        self._adopt(first_group=0, settings=[settings])
+        settings = {
+            "reduce_gradients": reduce_gradients,
+            "bucket_mib": bucket_mib,
+            "reduce_dtype": reduce_dtype,
+            "master_dtype": master_dtype,
+            "skip_nonfinite": skip_nonfinite,
+        }
+        self._adopt(first_group=0, settings=[f"{name}={value}" for name, value in settings.items()])
+        teach_grad_scaler()
 
     def _adopt(self, first_group: int, settings: list[str]) -> None:
         """Compare the groups from ``first_group`` on between the ranks and take over their parameters. Collective."""
@@ -183,7 +189,7 @@ class ShardedAdamax(torch.optim.Adamax):
 
         def add() -> None:
             super(ShardedAdamax, self).add_param_group(param_group)
-            arguments.check_groups(self.param_groups, first_group)
+            arguments.check_groups(self.param_groups, first_group, engine.settings.precision.reduce_dtype)
             arguments.common_device(self.param_groups)
 
         try:
@@ -261,12 +267,67 @@ class ShardedAdamax(torch.optim.Adamax):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that ``skip_nonfinite`` has skipped."""
+        """Steps that ``skip_nonfinite`` and `skip_grad_norm_above` have skipped."""
         return self._get_engine().num_skipped_steps
+
+    @property
+    def skip_grad_norm_above(self) -> float | None:
+        """Steps whose mean gradient has an L2 norm above this limit, or NaN, before clipping, are skipped by all ranks.
+
+        None, the default: none is. May be set at any time, to the same on all ranks; math.inf skips NaN only.
+
+        Source: Hazami et al., Efficient-VDVAE: Less is more, which trains so.
+        """
+        return self._get_engine().guards.skip_norm_above
+
+    @skip_grad_norm_above.setter
+    def skip_grad_norm_above(self, limit: float | None) -> None:
+        self._get_engine().guards.set_norm_limit(limit)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """L2 norm of the last step's mean gradient, 0-d, before it was clipped; also where the step was skipped.
+
+        None where nothing computed it: `clip_grad_norm_` with norm_type 2 does, and `skip_grad_norm_above`. Reading it
+        costs nothing.
+        """
+        return self._get_engine().grad_norm
+
+    def unscale_for_grad_scaler(
+        self, inv_scale: Tensor, found_inf: Tensor, *, allow_fp16: bool
+    ) -> dict[torch.device, Tensor] | None:
+        """Unscale the gradients for torch.amp.GradScaler, which calls this by itself. Collective.
+
+        See [Note: GradScaler] in scaling.py.
+        """
+        engine = self._get_engine()
+        if not engine.settings.reduce_gradients:
+            return None
+        device = arguments.common_device(self.param_groups)
+        found = engine.unscale_(
+            self.param_groups, self.state, inv_scale.to(device), found_inf.to(device), allow_fp16=allow_fp16
+        )
+        return {} if found is None else {device: found}
 
     def overlap_forward(self, model: torch.nn.Module) -> None:
         """Await the all-gathers in the next forward. Not there yet."""
         raise NotImplementedError("overlap_forward is not implemented yet: step() returns with all parameters gathered")
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """Refuse torch.distributed.algorithms.Join, and say what to do instead."""
+        raise NotImplementedError(
+            "Join is not supported: its hooks would have to know how many collectives the backward passes of the other "
+            "ranks begin. With uneven inputs, let a rank that has no more data go on calling step() and zero_grad() "
+            "without backward, as often as the others do: its gradients then count as zero. Or stop all ranks at the "
+            "shortest"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "ShardedAdamax cannot be pickled or deep-copied: it owns the memory of its parameters and takes part in a "
+            "process group. Save it with sharded_adamax.save on all ranks, or full_state_dict() and torch.save; for a "
+            "second optimizer, build one"
+        )
 
     def state_dict(self) -> StateDict:
         """Return the state as torch.optim.Optimizer does, its tensors sharded. Never communicates.
@@ -275,6 +336,7 @@ class ShardedAdamax(torch.optim.Adamax):
         """
         if self._consolidated is not None:
             return self._consolidated
+        self._get_engine().refresh_masters()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -302,10 +364,10 @@ class ShardedAdamax(torch.optim.Adamax):
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         state: dict[int, dict[str, Tensor]] = {}
         ids = {id(param): index for index, param in enumerate(params)}
+        engine.refresh_masters()
         for bucket in engine.buckets:
-            shapes = [param.shape for param in bucket.params]
-            for key in STATE_KEYS:
-                whole = gather_full(engine.group, bucket.layout, getattr(bucket, key), shapes, to)
+            for key, shard in sharded_state(bucket).items():
+                whole = gather_full(engine.group, bucket.layout, shard, bucket.params, to)
                 for param, tensor in zip(bucket.params, whole, strict=False):  # whole is empty on the other ranks
                     entry = state.setdefault(ids[id(param)], {"step": self.state[param]["step"].clone()})
                     entry[key] = tensor

@@ -52,6 +52,14 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def dim_order(strides: Sequence[int]) -> tuple[int, ...]:
+    """Return the dimensions of a dense tensor from the outermost in memory to the innermost.
+
+    Example: a channels_last tensor of shape (2, 3, 4, 5) has strides (60, 1, 15, 3) and order (0, 2, 3, 1).
+    """
+    return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+
+
 def cut_at_rows(shape: Sequence[int], flat: Range, max_numel: int) -> list[Range]:
     """Cut a range of a row-major tensor into ranges of at most ``max_numel`` elements.
 

@@ -5,6 +5,9 @@ before it are on their way, the bucket is reduce-scattered while backward goes o
 order of the buckets, on every rank, whatever the order in which gradients become ready. What a rank does not have is
 sent as zeros when `step` flushes. So in a step every rank issues each bucket's reduce-scatter exactly once: a *round*.
 
+Rounds are counted. A rank that ran backward or `zero_grad` where the others did not is in another round than they are,
+and the vote of the step finds it before gradients of different steps are mixed.
+
 A gradient that arrives after its bucket was launched (a second backward pass before `step`) stays in ``param.grad``
 and is accumulated there by autograd. The vote of the step tells all ranks which buckets need a second round.
 
@@ -15,90 +18,19 @@ the middle of backward if need be: this is what bounds the memory of gradients t
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_adamax.buckets import Bucket
-from sharded_adamax.collectives import Group, Pending
+from sharded_adamax.collectives import Group
+from sharded_adamax.gradients import GradientSource, LocalView, hooks, unhook
+from sharded_adamax.pending import Pending
 
 MAX_IN_FLIGHT = 2
-
-# The hook that feeds each parameter's gradient to an optimizer. A parameter that is given to a new optimizer leaves the
-# old one: two hooks would fight for one gradient.
-_hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-@dataclass(frozen=True)
-class LocalView:
-    """What this rank can say of its gradients before anything is agreed."""
-
-    used: list[bool]  # per slot, over all buckets: this rank has, or had, a gradient
-    again: list[bool]  # per bucket: gradients arrived after it was launched
-    fingerprints: Tensor  # uint8: equal on all ranks if the gradients should be, see ReducedGradients
-    problem: str | None  # what is wrong with them
-
-
-@dataclass
-class Peaks:
-    """The most bytes held at any one time since construction."""
-
-    shard_bytes: int = 0
-    bucket_bytes: int = 0
-
-
-class GradientSource(ABC):
-    """Where the shards of the mean gradients come from."""
-
-    gradients_agree: bool  # must all ranks hold the same gradients?
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.buckets: list[Bucket] = []
-        self.peaks = Peaks()
-
-    def add(self, bucket: Bucket, names: list[str]) -> None:
-        """Take over the gradients of one more bucket. The same order on every rank."""
-        self.buckets.append(bucket)
-
-    @abstractmethod
-    def view(self) -> LocalView:
-        """Return what this rank knows. Local."""
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Launch every bucket that is not on its way yet. Collective."""
-
-    @abstractmethod
-    def launch_again(self, index: int) -> None:
-        """Reduce the gradients that arrived after bucket ``index`` was launched. Collective."""
-
-    @abstractmethod
-    def shard(self, index: int) -> Tensor:
-        """Wait for bucket ``index`` and return its mean gradient shard, shape (shard_numel,), to be read."""
-
-    @abstractmethod
-    def take_shard(self, index: int) -> Tensor:
-        """Wait for bucket ``index`` and hand over its mean gradient shard, shape (shard_numel,), to be consumed."""
-
-    @abstractmethod
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply all mean gradients by a 0-d tensor."""
-
-    @abstractmethod
-    def drop(self) -> None:
-        """Forget all gradients taken since the last step and be ready for the next. Local."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Undo what backward did since the last step, for `zero_grad`. Collective where gradients were taken."""
 
 
 @dataclass
@@ -106,7 +38,7 @@ class _Progress:
     """How far one bucket is within one step."""
 
     fired: list[int]  # per slot: gradients that autograd accumulated since the last step
-    used: list[bool]  # per slot: a gradient went into the bucket when it was launched
+    used: list[bool]  # per slot: a gradient went into the bucket whenever it was launched
     ready: set[int] = field(default_factory=set)  # slots whose gradient waits for the launch
     launched: bool = False
     shard: Tensor | None = None  # (shard_numel,), mean over the ranks, accumulated over rounds
@@ -123,6 +55,7 @@ class BackwardReduction(GradientSource):
         self._progress: list[_Progress] = []
         self._names: list[list[str]] = []
         self._num_launched = 0  # buckets 0 .. _num_launched - 1 are launched
+        self._is_unscaled = False  # by a GradScaler, for the step that should come next
         self._in_flight: deque[tuple[int, Pending[Tensor]]] = deque()
 
     def add(self, bucket: Bucket, names: list[str]) -> None:
@@ -133,13 +66,17 @@ class BackwardReduction(GradientSource):
         # A weak reference: an optimizer that the user has dropped must neither live on nor take gradients.
         this = weakref.ref(self)
         for slot, param in enumerate(bucket.params):
-            _unhook(param)
+            unhook(param)
             # A gradient set by hand on a parameter that requires none is found by the flush.
             if param.requires_grad:
                 hook = partial(_on_gradient, this, index, slot)
-                _hooks[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                hooks[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def on_gradient(self, index: int, slot: int) -> None:
+        if self._is_unscaled:
+            # The scaler found Inf and skipped the step. `zero_grad` of the optimizer would have said so; that of the
+            # model cannot. torch allows no backward between unscale_ and step, so these gradients are of a new step.
+            self.drop()
         progress = self._progress[index]
         progress.fired[slot] += 1
         if not self.enabled or progress.launched:
@@ -161,13 +98,14 @@ class BackwardReduction(GradientSource):
             for slot, param in enumerate(bucket.params):
                 if remaining[slot] and problem is None:
                     problem = self._problem_of(param, progress, self._names[index][slot], slot)
-        return LocalView(used, again, torch.zeros(0, dtype=torch.uint8), problem)
+        return LocalView(used, again, torch.zeros(0, dtype=torch.uint8), self.num_rounds, problem)
 
     def flush(self) -> None:
         while self._num_launched < len(self.buckets):
             self._launch_next()
 
     def launch_again(self, index: int) -> None:
+        self._note_used(index)
         self._launch(index)
 
     def shard(self, index: int) -> Tensor:
@@ -186,11 +124,32 @@ class BackwardReduction(GradientSource):
         for index in range(len(self.buckets)):
             self.shard(index).mul_(factor)
 
+    def unscale_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
+        """Multiply all mean gradients by ``inv_scale``; set ``found_inf`` to 1 if one is not finite on this rank.
+
+        Args:
+            inv_scale, found_inf: float32, 0-d, on the device of the gradients.
+
+        Source: torch/amp/grad_scaler.py, ``_unscale_grads_``: the same operation, on the same mean gradients.
+        """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for index in range(len(self.buckets)):
+            shard = self.shard(index)
+            by_dtype.setdefault(shard.dtype, []).append(shard)
+        for shards in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(shards, found_inf, inv_scale)
+        self._is_unscaled = True
+
+    def missing(self) -> list[int]:
+        return sorted({rank for _, pending in self._in_flight for rank in pending.missing()})
+
     def drop(self) -> None:
         while self._in_flight:
             self._settle_oldest()
         self._progress = [_fresh(bucket) for bucket in self.buckets]
         self._num_launched = 0
+        self.num_rounds += 1
+        self._is_unscaled = False
 
     def discard(self) -> None:
         # Ranks may have launched different numbers of buckets: complete the round, so that all are at the same place.
@@ -203,10 +162,17 @@ class BackwardReduction(GradientSource):
 
     def _launch_next(self) -> None:
         index = self._num_launched
-        self._progress[index].used = [param.grad is not None for param in self.buckets[index].params]
+        self._note_used(index)
         self._launch(index)
         self._progress[index].launched = True
         self._num_launched += 1
+
+    def _note_used(self, index: int) -> None:
+        progress = self._progress[index]
+        progress.used = [
+            before or param.grad is not None
+            for before, param in zip(progress.used, self.buckets[index].params, strict=True)
+        ]
 
     def _launch(self, index: int) -> None:
         while len(self._in_flight) >= MAX_IN_FLIGHT:
@@ -217,9 +183,12 @@ class BackwardReduction(GradientSource):
         self._note_peaks()
 
     def _settle_oldest(self) -> None:
-        index, pending = self._in_flight.popleft()
+        index, pending = self._in_flight[0]
         with torch.no_grad(), torch.profiler.record_function(f"sharded_adamax::wait reduce bucket {index}"):
-            mean = pending.wait().div_(self.group.size)
+            total = pending.wait(f"the reduce-scatter of bucket {index}, step {self.step}")
+            mean = self.buckets[index].mean_shard(total, self.group.size)
+        # Only now: if waiting fails, messages under way still use its memory.
+        self._in_flight.popleft()
         progress = self._progress[index]
         progress.shard = mean if progress.shard is None else progress.shard.add_(mean)
         self._note_peaks()
@@ -228,7 +197,7 @@ class BackwardReduction(GradientSource):
         # A bucket in flight counts with its shard, too: the result exists already or is about to.
         in_flight = {index for index, _ in self._in_flight}
         shards = sum(
-            bucket.param_shard.nbytes
+            bucket.exp_avg.nbytes
             for index, (bucket, progress) in enumerate(zip(self.buckets, self._progress, strict=True))
             if progress.shard is not None or index in in_flight
         )
@@ -257,91 +226,7 @@ def _fresh(bucket: Bucket) -> _Progress:
     return _Progress(fired=[0] * num_slots, used=[False] * num_slots)
 
 
-def _unhook(param: Tensor) -> None:
-    previous: RemovableHandle | None = _hooks.pop(param, None)  # type: ignore[no-untyped-call]
-    if previous is not None:
-        previous.remove()
-
-
 def _on_gradient(source: weakref.ref[BackwardReduction], index: int, slot: int, param: Tensor) -> None:
     this = source()
     if this is not None:
         this.on_gradient(index, slot)
-
-
-@dataclass
-class _Checks:
-    """When to compare gradients between ranks: at calls 1, 2, 4, 8, ... of `step`.
-
-    Comparing reads every gradient once. Doing so ever more rarely costs nothing in the long run, catches the forgotten
-    wrapper at once, and a loop that changes its ways later.
-    """
-
-    num_steps: int = field(default=0)
-
-    def due(self) -> bool:
-        self.num_steps += 1
-        return self.num_steps & (self.num_steps - 1) == 0
-
-
-class ReducedGradients(GradientSource):
-    """Takes gradients that something else (DistributedDataParallel) has reduced; leaves ``param.grad`` alone."""
-
-    gradients_agree = True
-
-    def __init__(self, group: Group) -> None:
-        super().__init__(group)
-        self._used: list[list[bool]] = []
-        self._checks = _Checks()
-
-    def add(self, bucket: Bucket, names: list[str]) -> None:
-        super().add(bucket, names)
-        for param in bucket.params:
-            _unhook(param)
-        self._used.append([param.grad is not None for param in bucket.params])
-
-    def view(self) -> LocalView:
-        self._used = [[param.grad is not None for param in bucket.params] for bucket in self.buckets]
-        params = list(chain.from_iterable(bucket.params for bucket in self.buckets))
-        sparse = any(param.grad is not None and param.grad.is_sparse for param in params)
-        problem = "Adamax does not support sparse gradients" if sparse else None
-        check = self._checks.due() and self.group.size > 1
-        fingerprints = _fingerprints(params) if check else torch.zeros(0, dtype=torch.uint8)
-        return LocalView(list(chain.from_iterable(self._used)), [False] * len(self.buckets), fingerprints, problem)
-
-    def flush(self) -> None:
-        pass
-
-    def launch_again(self, index: int) -> None:
-        raise AssertionError("gradients that are already reduced have no rounds")
-
-    def shard(self, index: int) -> Tensor:
-        shard = self.buckets[index].collect_gradient_shard(self._used[index])
-        self.peaks.shard_bytes = max(self.peaks.shard_bytes, shard.nbytes)
-        return shard
-
-    def take_shard(self, index: int) -> Tensor:
-        return self.shard(index)
-
-    def scale_(self, factor: Tensor) -> None:
-        params = chain.from_iterable(bucket.params for bucket in self.buckets)
-        torch._foreach_mul_([param.grad for param in params if param.grad is not None], factor)
-
-    def drop(self) -> None:
-        pass
-
-    def discard(self) -> None:
-        pass
-
-
-def _fingerprints(params: list[Tensor]) -> Tensor:
-    """Return 8 bytes per gradient, uint8 on the CPU: the sum of its bits as integers. Exact, and NaN equals NaN."""
-    sums = []
-    for param in params:
-        if param.grad is None or param.grad.is_sparse:
-            sums.append(torch.zeros((), dtype=torch.int64, device=param.device))
-        else:
-            integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[param.grad.element_size()]
-            bits = param.grad.detach().contiguous().reshape(-1).view(integer)
-            sums.append(bits.sum(dtype=torch.int64))
-    return torch.stack(sums).cpu().view(torch.uint8)

@@ -4,6 +4,9 @@
 parameters by shape work, but holds only the elements that this rank owns: a flat range of it. To
 torch.distributed.checkpoint it presents that range as boxes. Nothing here communicates except `gather_full`.
 
+The elements are counted in the order of memory, which is that of the parameter (``memory_order``): a range of a
+channels_last tensor is a box of its permuted dimensions, and so a box of the tensor. Files know only the latter.
+
 A FlatShard that happens to be whole (a world of one, or a parameter that lies inside one shard) behaves as the plain
 tensor it
 is: any operation, torch.save included. One that is not refuses whatever would need elements of other ranks.
@@ -27,6 +30,7 @@ from sharded_adamax.ranges import Box, Range, boxes, cut_at_rows
 
 aten = torch.ops.aten
 STATE_KEYS = ("exp_avg", "exp_inf")
+MASTER_KEY = "master_param"  # beside them where there is a master; never required of what is loaded
 # Files hold a state in pieces of at most this size. A rank that loads at another world size reads whole pieces, so
 # small ones keep it from reading much more than its shard; smaller still would only grow the metadata.
 CHUNK_BYTES = 1 << 19
@@ -37,17 +41,24 @@ class FlatShard(Tensor):
 
     local: Tensor  # (owned.numel,), a view of a bucket's shard or a copy of one
     owned: Range
+    memory_order: tuple[int, ...]  # dimensions from the outermost in memory to the innermost
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], owned: Range) -> FlatShard:
+    def __new__(cls, local: Tensor, shape: Sequence[int], owned: Range, memory_order: Sequence[int] = ()) -> FlatShard:
+        """Wrap ``local``; without ``memory_order`` the elements are in row-major order."""
         if local.shape != (owned.numel,):
             raise ValueError(f"expected a local tensor of shape ({owned.numel},), got {tuple(local.shape)}")
-        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
+        order = tuple(memory_order) or tuple(range(len(shape)))
+        strides = torch.empty_permuted(tuple(shape), order, device="meta").stride()
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), strides=strides, dtype=local.dtype, device=local.device
+        )
         self.local = local
         self.owned = owned
+        self.memory_order = order
         return self
 
-    def __init__(self, local: Tensor, shape: Sequence[int], owned: Range) -> None:
+    def __init__(self, local: Tensor, shape: Sequence[int], owned: Range, memory_order: Sequence[int] = ()) -> None:
         pass
 
     @property
@@ -61,18 +72,33 @@ class FlatShard(Tensor):
         if self.numel() == 0:
             nothing = Box((0,) * self.dim(), tuple(self.shape))
             return {nothing.offsets: (nothing, Range(0, 0))}
-        shape = tuple(self.shape)
+        shape = tuple(self.shape[dim] for dim in self.memory_order)
         found = {}
         start = 0
         for part in cut_at_rows(shape, self.owned, max(1, CHUNK_BYTES // self.dtype.itemsize)):
-            for box in boxes(shape, part):
+            for in_memory in boxes(shape, part):
+                box = Box(self._logical(in_memory.offsets), self._logical(in_memory.sizes))
                 found[box.offsets] = (box, Range(start, start + box.numel))
                 start += box.numel
         return found
 
+    def _logical(self, in_memory: Sequence[int]) -> tuple[int, ...]:
+        """Return one number per dimension, given in the order of memory, in the order of the tensor's dimensions."""
+        by_dim = dict(zip(self.memory_order, in_memory, strict=True))
+        return tuple(by_dim[dim] for dim in range(self.dim()))
+
+    def _shaped(self, flat: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the elements of a box of ``sizes``, one after another in memory, as a tensor of these sizes."""
+        in_memory = flat.view([sizes[dim] for dim in self.memory_order])
+        return in_memory.permute(self._logical(range(self.dim())))
+
+    def whole(self) -> Tensor:
+        """Return the plain tensor, a view of ``local``; only where this is all of it."""
+        return self._shaped(self.local, self.shape)
+
     def with_local(self, local: Tensor) -> FlatShard:
         """Return the same part of the same global tensor with other values."""
-        return FlatShard(local, self.shape, self.owned)
+        return FlatShard(local, self.shape, self.owned, self.memory_order)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -106,14 +132,14 @@ class FlatShard(Tensor):
                 "optimizer.full_state_dict(to=rank) on all ranks for whole tensors"
             )
 
-        plain = [leaf.local.view(leaf.shape) if isinstance(leaf, FlatShard) else leaf for leaf in leaves]
+        plain = [leaf.whole() if isinstance(leaf, FlatShard) else leaf for leaf in leaves]
         plain_args, plain_kwargs = tree_unflatten(plain, structure)
         return func(*plain_args, **plain_kwargs)
 
     # Pickle: torch.save on one rank would write that rank's part only, and nobody would notice until the resume.
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.is_whole:
-            return self.local.detach().clone().view(self.shape).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+            return self.whole().detach().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         raise RuntimeError(
             f"this is a sharded optimizer state (elements {self.owned.start}:{self.owned.stop} of {self.numel()} on "
             "this rank): saving it with torch.save or pickle would lose the other ranks' parts. Call "
@@ -150,7 +176,7 @@ class FlatShard(Tensor):
         if place is None:
             raise ValueError(f"{index} is not a part of {self!r}")
         box, in_local = place
-        return self.local[in_local.as_slice()].view(box.sizes)
+        return self._shaped(self.local[in_local.as_slice()], box.sizes)
 
 
 _ON_LOCAL = {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.alias.default}
@@ -173,6 +199,7 @@ def _same_part(one: object, other: object) -> bool:
         and isinstance(other, FlatShard)
         and one.shape == other.shape
         and one.owned == other.owned
+        and one.memory_order == other.memory_order
     )
 
 
@@ -189,12 +216,13 @@ def local_part(value: Tensor, target: FlatShard, name: str) -> Tensor:
     """
     if tuple(value.shape) != tuple(target.shape):
         raise ValueError(f"{name}: expected shape {tuple(target.shape)}, got {tuple(value.shape)}")
+    if _same_part(value, target):
+        return cast(FlatShard, value).local.to(target.device, target.dtype)
+    if isinstance(value, FlatShard) and value.is_whole:
+        value = value.whole()
     if not isinstance(value, FlatShard):
-        return value.detach().reshape(-1)[target.owned.as_slice()].to(target.device, target.dtype)
-    if value.owned == target.owned:
-        return value.local.to(target.device, target.dtype)
-    if value.is_whole:
-        return value.local[target.owned.as_slice()].to(target.device, target.dtype)
+        in_memory = value.detach().permute(target.memory_order).reshape(-1)
+        return in_memory[target.owned.as_slice()].to(target.device, target.dtype)
     raise ValueError(
         f"{name}: expected elements {target.owned.start}:{target.owned.stop} of the flattened tensor, got a shard of "
         f"elements {value.owned.start}:{value.owned.stop}: it was made by another rank or world size. Use "
@@ -202,14 +230,12 @@ def local_part(value: Tensor, target: FlatShard, name: str) -> Tensor:
     )
 
 
-def gather_full(
-    group: Group, bucket: BucketLayout, shard: Tensor, shapes: Sequence[Sequence[int]], to: int
-) -> list[Tensor]:
+def gather_full(group: Group, bucket: BucketLayout, shard: Tensor, like: Sequence[Tensor], to: int) -> list[Tensor]:
     """Gather one state of one bucket. Collective.
 
     Args:
         shard: Shape (shard_numel,), this rank's.
-        shapes: The shape of the parameter in each slot.
+        like: A dense tensor for each slot, whose shape and strides count: the parameters.
         to: The rank that receives.
 
     Returns:
@@ -220,6 +246,6 @@ def gather_full(
         return []
     # clone, also from CPU to CPU: a view would keep the whole bucket alive and torch.save would write all of it.
     return [
-        flat[slot.in_bucket.as_slice()].view(tuple(shape)).to("cpu", copy=True)
-        for slot, shape in zip(bucket.slots, shapes, strict=True)
+        flat.as_strided(other.shape, other.stride(), slot.start).to("cpu", copy=True)
+        for slot, other in zip(bucket.slots, like, strict=True)
     ]

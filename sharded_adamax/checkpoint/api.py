@@ -157,6 +157,7 @@ def load_with(
     _same_checkpoint(control, opened[0])
     metadata = opened[0].metadata
     state = contents.collect(model, optimizer)
+    contents.forgo_masters(state, metadata.state_dict_metadata)
     rng_name = f"{contents.RNG}.{control.rank}"
     wanted = [contents.EXTRA]
     if restore_rng and opened[0].manifest is not None and opened[0].manifest.world_size == control.size:

@@ -11,6 +11,7 @@ import ctypes
 import io
 import random
 import sys
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.optim import Optimizer
+
+from sharded_adamax.state import MASTER_KEY
 
 # One key per parameter and state, not one per parameter number: numbers change when a model is edited, names do not.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -39,6 +42,15 @@ def collect(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         "model": get_model_state_dict(model),
         "optim": _without_param_names(get_optimizer_state_dict(model, optimizer, options=_OPTIONS)),
     }
+
+
+def forgo_masters(state: dict[str, Any], stored: Container[str]) -> None:
+    """Take those masters out of what is to be read that a checkpoint of a job without them does not have.
+
+    Masters follow the weights that are loaded, see [Note: master] in buckets.py.
+    """
+    for key in [key for key in state["optim"] if key.endswith(f".{MASTER_KEY}") and f"optim.{key}" not in stored]:
+        del state["optim"][key]
 
 
 def put_back(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -136,9 +136,10 @@ def _serialise(data: Tensor | io.BytesIO) -> memoryview:
         return data.getbuffer()
     buffer = io.BytesIO()
     tensor = data.cpu()
-    # torch.save writes the whole storage of a view: of a shard's piece, the whole shard.
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()
+    # torch.save writes the whole storage of a view: of a shard's piece, the whole shard. And it keeps strides, by which
+    # the bytes of a file would depend on the memory format of the model.
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     torch.save(tensor, buffer)
     return buffer.getbuffer()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,11 @@ class Kernel(Protocol):
         steps: Sequence[float],
         hyper: Hyper,
     ) -> None: ...
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, which Adamax treats as independent; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def refuse_flags(group: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_adamax.kernels.contract import Hyper
+from sharded_adamax.kernels.contract import Hyper, as_real
 
 
 def update_(
@@ -27,6 +27,8 @@ def update_(
             grad.neg_()
         if hyper.weight_decay != 0:
             grad.add_(param, alpha=hyper.weight_decay)
+        # After the weight decay, in foreach before it: so does torch, and the last bit depends on it.
+        param, grad, exp_avg, exp_inf = as_real(param), as_real(grad), as_real(exp_avg), as_real(exp_inf)
         exp_avg.lerp_(grad, 1 - hyper.beta1)
         torch.maximum(exp_inf.mul_(hyper.beta2), grad.abs_().add_(hyper.eps), out=exp_inf)
         # A tensor lr is divided in its own precision here, in double by foreach: so does torch.

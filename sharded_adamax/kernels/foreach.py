@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_adamax.kernels.contract import Hyper
+from sharded_adamax.kernels.contract import Hyper, as_real
 
 
 def update_(
@@ -22,6 +22,9 @@ def update_(
     hyper: Hyper,
 ) -> None:
     """Update all tensors together. See [Note: kernel]."""
+    params, grads, exp_avgs, exp_infs = (
+        [as_real(tensor) for tensor in tensors] for tensors in (params, grads, exp_avgs, exp_infs)
+    )
     if hyper.maximize:
         torch._foreach_neg_(grads)
     if hyper.weight_decay != 0:

@@ -44,11 +44,11 @@ def _both_roads() -> None:
         bucket = torch.arange(64.0 * size) * (rank + 1)
         pending = group.reduce_scatter(bucket)
         assert pending.held_bytes >= bucket.nbytes
-        shard = pending.wait()
+        shard = pending.wait("a test")
         assert pending.held_bytes == 0 or isinstance(group, GlooGroup)
         whole = torch.full((64 * size,), -1.0)
         whole[rank * 64 : (rank + 1) * 64] = shard
-        group.all_gather(whole).wait()
+        group.all_gather(whole).wait("a test")
         group.broadcast(first := torch.full((3,), float(rank)))
         gathered = group.gather(shard, to=size - 1)
         assert (gathered is None) == (rank != size - 1)

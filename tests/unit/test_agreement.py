@@ -22,7 +22,7 @@ from sharded_adamax.agreement import (
     start_vote,
 )
 from sharded_adamax.collectives import ControlPlane
-from sharded_adamax.engine import hyper_line
+from sharded_adamax.members import hyper_line
 
 ALONE = ControlPlane(None)
 
@@ -39,17 +39,20 @@ class _Combined:
     def __init__(self, ballot: Tensor) -> None:
         self.ballot = ballot
 
-    def wait(self) -> Tensor:
+    def wait(self, doing: str) -> Tensor:
         return self.ballot
+
+    def missing(self) -> list[int]:
+        return []
 
 
 def _vote(any_rank: list[dict[str, Tensor]], same: list[dict[str, Tensor]]) -> Outcome:
     """Hold the vote of as many ranks as there are entries."""
     votes = [start_vote(ALONE, any_rank=one, same=other) for one, other in zip(any_rank, same, strict=True)]
-    ballots = [vote.pending.wait() for vote in votes]
+    ballots = [vote.pending.wait("a vote") for vote in votes]
     assert all(ballot.dtype == torch.uint8 and ballot.device == torch.device("cpu") for ballot in ballots)
     maximum = torch.stack(ballots).amax(dim=0)
-    return Vote(_Combined(maximum), votes[-1].any_rank_numels, votes[-1].same_numels).wait()
+    return Vote(_Combined(maximum), votes[-1].any_rank_numels, votes[-1].same_numels).wait("a vote")
 
 
 @settings(max_examples=300, deadline=None)
@@ -85,14 +88,14 @@ def test_the_vote_finds_exactly_what_any_rank_says_and_what_is_not_the_same(
 def test_in_a_world_of_one_nothing_differs_and_any_rank_is_this_rank() -> None:
     outcome = start_vote(
         ALONE, any_rank={"problem": _bytes([0, 1])}, same={"hyper": _bytes(range(256)), "nothing": _bytes([])}
-    ).wait()
+    ).wait("a vote")
     assert outcome.any_rank["problem"].tolist() == [0, 1]
     assert not outcome.differs["hyper"].any() and outcome.differs["hyper"].numel() == 256
     assert outcome.differs["nothing"].numel() == 0
 
 
 def test_a_vote_on_nothing_has_no_outcome() -> None:
-    assert start_vote(ALONE, any_rank={}, same={}).wait() == Outcome({}, {})
+    assert start_vote(ALONE, any_rank={}, same={}).wait("a vote") == Outcome({}, {})
 
 
 def test_voting_leaves_what_was_asked_as_it_was() -> None:

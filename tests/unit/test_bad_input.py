@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 import types
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 from sharded_adamax import ShardedAdamax, arguments
 from tests.distributed.problems import assert_same_bits
@@ -125,8 +128,6 @@ def test_a_group_that_only_we_refuse_is_not_added_either(bad: dict[str, Any]) ->
     address = added.data_ptr()
     with pytest.raises(NotImplementedError, match=next(iter(bad))):
         optimizer.add_param_group({"params": [added], **bad})
-    with pytest.raises(NotImplementedError, match="complex"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
     assert len(optimizer.param_groups) == 1 and added not in optimizer.state
     assert added.data_ptr() == address
 
@@ -166,8 +167,6 @@ def test_differentiable_is_refused_with_the_reason() -> None:
 NOT_YET: dict[str, Any] = {
     "fused": True,
     "capturable": True,
-    "reduce_dtype": torch.bfloat16,
-    "master_dtype": torch.float32,
     "state_format": "compact",
 }
 
@@ -228,9 +227,51 @@ def test_groups_without_parameters_are_accepted_as_torch_accepts_them() -> None:
     assert optimizer.state[param]["step"] == 1
 
 
-def test_a_complex_parameter_is_named_as_not_implemented() -> None:
-    with pytest.raises(NotImplementedError, match=r"spectrum is complex \(torch\.complex64\)"):
-        ShardedAdamax([("weight", _param(3)), ("spectrum", nn.Parameter(torch.ones(2, dtype=torch.complex64)))])
+def test_reduce_dtype_cannot_carry_a_complex_parameter() -> None:
+    params = [("weight", _param(3)), ("spectrum", nn.Parameter(torch.ones(2, dtype=torch.complex64)))]
+    with pytest.raises(ValueError, match=r"spectrum is complex \(torch\.complex64\): reduce_dtype=torch\.float32"):
+        ShardedAdamax(params, reduce_dtype=torch.float32)
+    optimizer = ShardedAdamax(params[:1], reduce_dtype=torch.float32)
+    with pytest.raises(ValueError, match="spectrum is complex"):
+        optimizer.add_param_group({"params": params[1:]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, "float32"], ids=str)
+def test_a_reduce_dtype_that_gradients_cannot_be_summed_in_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=rf"expected reduce_dtype to be .* or float64, got {dtype}"):
+        ShardedAdamax([_param(3)], reduce_dtype=dtype)
+
+
+def test_a_reduce_dtype_without_a_reduction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reduce_dtype=torch\.float32 has no effect with reduce_gradients=False"):
+        ShardedAdamax([_param(3)], reduce_dtype=torch.float32, reduce_gradients=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_master_of_another_dtype_than_float32_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"expected master_dtype to be None or torch\.float32, got {dtype}"):
+        ShardedAdamax([_param(3)], master_dtype=dtype)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan])
+def test_a_norm_limit_that_no_norm_is_below_is_refused(limit: float) -> None:
+    optimizer = ShardedAdamax([_param(3)])
+    with pytest.raises(ValueError, match=f"expected skip_grad_norm_above to be None or > 0, got {limit}"):
+        optimizer.skip_grad_norm_above = limit
+    assert optimizer.skip_grad_norm_above is None
+
+
+def test_pickling_and_copying_are_refused_with_what_to_do_instead() -> None:
+    optimizer = ShardedAdamax([_param(3)])
+    for attempt in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(TypeError, match=r"cannot be pickled or deep-copied: .* full_state_dict\(\)"):
+            attempt(optimizer)
+
+
+def test_join_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(NotImplementedError, match=r"Join is not supported: .*step\(\) and zero_grad\(\)"):
+        Join([cast(Any, ShardedAdamax([_param(3)]))])
 
 
 @pytest.mark.parametrize(

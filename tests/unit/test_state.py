@@ -403,7 +403,7 @@ def test_gathered_tensors_have_memory_of_their_own() -> None:
     specs = [ParamSpec(f"p{i}", shape, torch.float32) for i, shape in enumerate(shapes_)]
     (bucket,) = build(specs, world_size=1, bucket_bytes=1 << 20).buckets
     shard = torch.arange(float(bucket.shard_numel))
-    in_slots = [shapes_[slot.param] for slot in bucket.slots]
+    in_slots = [torch.empty(shapes_[slot.param], device="meta") for slot in bucket.slots]
     tensors = gather_full(LocalGroup(), bucket, shard, in_slots, to=0)
     expected = [shard[slot.in_bucket.as_slice()].view(shapes_[slot.param]).clone() for slot in bucket.slots]
     shard.fill_(-1)
@@ -414,7 +414,7 @@ def test_gathered_tensors_have_memory_of_their_own() -> None:
 
 def test_gathering_a_bucket_without_elements_gives_their_shapes() -> None:
     (bucket,) = build([ParamSpec("p", (3, 0), torch.float64)], world_size=1, bucket_bytes=100).buckets
-    (tensor,) = gather_full(LocalGroup(), bucket, torch.zeros(0, dtype=torch.float64), [(3, 0)], to=0)
+    (tensor,) = gather_full(LocalGroup(), bucket, torch.zeros(0, dtype=torch.float64), [torch.empty(3, 0)], to=0)
     assert tensor.shape == (3, 0) and tensor.dtype == torch.float64
 
 

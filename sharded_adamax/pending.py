@@ -1,0 +1,136 @@
+"""Collectives under way, and what can be said of the ranks when one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+# How long to look whether a message is there after all, once it is known that the job has failed.
+GLANCE = timedelta(milliseconds=50)
+
+
+class LostRankError(RuntimeError):
+    """Another rank did not take part in a collective: it raised, died or hangs. The job cannot go on."""
+
+    def __init__(self, rank: int, lost: Sequence[int], doing: str, cause: object) -> None:
+        who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "another rank"
+        super().__init__(
+            f"rank {rank} waited in vain for {who} in {doing}. A rank that is missing has raised, died or hangs, and "
+            f"its own output says why; end the job and start it again from the last checkpoint ({cause})"
+        )
+        self.rank = rank
+        self.lost = tuple(lost)  # empty: not known
+        self.doing = doing
+        self.cause = cause
+
+    def naming(self, lost: Sequence[int]) -> LostRankError:
+        """Return the same error with other culprits."""
+        return LostRankError(self.rank, lost, self.doing, self.cause)
+
+
+class Pending(Protocol[T_co]):
+    """A collective under way."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that live only until ``wait``: what is being sent, and where others' messages arrive."""
+
+    def wait(self, doing: str) -> T_co:
+        """Return the result. May be called once.
+
+        Args:
+            doing: For the message: "the all-gather of bucket 3, step 12".
+
+        Raises:
+            LostRankError: Another rank did not take part, or not in time.
+        """
+
+    def missing(self) -> list[int]:
+        """Return the ranks whose messages are not there yet, as far as this is known. For use after a failure only."""
+
+
+@dataclass
+class Done(Generic[T]):
+    """Nothing to wait for."""
+
+    result: T
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def wait(self, doing: str) -> T:
+        return self.result
+
+    def missing(self) -> list[int]:
+        return []
+
+
+@dataclass
+class Native(Generic[T]):
+    """A collective of torch.distributed. Holds the tensors it works on until waited for."""
+
+    rank: int
+    work: dist.Work
+    result: T
+    keep_alive: Tensor | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.keep_alive is None else self.keep_alive.nbytes
+
+    def wait(self, doing: str) -> T:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise LostRankError(self.rank, [], doing, error) from error
+        self.keep_alive = None
+        return self.result
+
+    def missing(self) -> list[int]:
+        return []
+
+
+class Message(NamedTuple):
+    """A message to or from another rank."""
+
+    peer: int
+    is_arrival: bool
+    work: dist.Work
+
+
+@dataclass
+class Messages(Generic[T]):
+    """Point-to-point messages under way, and what to do when all have arrived."""
+
+    rank: int
+    messages: list[Message]
+    finish: Callable[[], T]
+    held_bytes: int
+
+    def wait(self, doing: str) -> T:
+        for message in self.messages:
+            try:
+                message.work.wait()
+            except RuntimeError as error:
+                raise LostRankError(self.rank, [message.peer], doing, error) from error
+        self.messages.clear()
+        return self.finish()
+
+    def missing(self) -> list[int]:
+        found: list[int] = []
+        for message in self.messages:
+            if message.is_arrival and message.peer not in found:
+                try:
+                    message.work.wait(GLANCE)
+                except RuntimeError:
+                    found.append(message.peer)
+        return sorted(found)

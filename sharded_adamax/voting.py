@@ -1,0 +1,148 @@
+"""The vote of a step: what each rank says, and what all conclude from it.
+
+Nothing in it can differ between ranks afterwards: they read one outcome. It is held on the CPU, beside the reductions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_adamax import agreement
+from sharded_adamax.collectives import ControlPlane
+from sharded_adamax.gradients import GradientSource
+from sharded_adamax.members import Member
+from sharded_adamax.pending import LostRankError
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do now."""
+
+    used: list[bool]  # per slot, over all buckets: some rank has a gradient
+    again: list[bool]  # per bucket: some rank has gradients that came after it was launched
+    frozen_used: list[bool]  # per frozen parameter: some rank has a gradient
+
+
+class StepVote:
+    """One vote, begun when it is made. Collective: every rank makes one and waits for it."""
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        source: GradientSource,
+        *,
+        hypers: Sequence[str],
+        slots: Sequence[Member],
+        frozen: Sequence[Member],
+        problem: str | None,
+    ) -> None:
+        """Say what this rank knows.
+
+        Args:
+            hypers: The hyper-parameters, line by line.
+            slots: The parameters in the order of the buckets' slots.
+            frozen: Those that have no bucket yet.
+            problem: What is wrong on this rank, beside what its gradients say.
+        """
+        view = source.view()
+        self._control = control
+        self._source = source
+        self._hypers = hypers
+        self._slots = slots
+        self._frozen = frozen
+        self._problem = problem or view.problem or _sparse_problem(frozen)
+        self._num_rounds = view.num_rounds
+        frozen_used = [member.param.grad is not None for member in frozen]
+        same = {
+            "round": _number(view.num_rounds),
+            "hyper": _digest(hypers),
+            "gradients": view.fingerprints,
+        }
+        if source.gradients_agree:
+            same["presence"] = flags(view.used + frozen_used)
+        self._vote = agreement.start_vote(
+            control,
+            any_rank={
+                "problem": flags([self._problem is not None]),
+                "used": flags(view.used),
+                "again": flags(view.again),
+                "frozen_used": flags(frozen_used),
+            },
+            same=same,
+        )
+
+    def wait(self) -> Decision:
+        """Return what is to be done.
+
+        Raises:
+            RoundError: The ranks are not in the same round.
+            RuntimeError: They disagree, or one has a problem. Like the former, on every rank.
+            LostRankError: A rank does not vote.
+        """
+        try:
+            outcome = self._vote.wait(f"the vote of step {self._source.step}")
+        except LostRankError as error:
+            # The vote does not say who is missing; the messages between pairs of ranks do.
+            raise error.naming(self._source.missing() or self._control.dead_ranks()) from error.__cause__
+        self._raise_on_disagreement(outcome)
+        return Decision(*(_bools(outcome.any_rank[name]) for name in ("used", "again", "frozen_used")))
+
+    def _raise_on_disagreement(self, outcome: agreement.Outcome) -> None:
+        if outcome.differs["round"].any():
+            rounds = [f"{number} rounds behind it" for number in self._control.exchange(self._num_rounds)]
+            raise RoundError(
+                f"the ranks are not at the same place in step {self._source.step}: {agreement.by_rank(rounds)}. Some "
+                "ranks called zero_grad, or ran backward after a step that GradScaler skipped, and others did not: "
+                "gradients of different steps would be mixed. Call step and zero_grad on all ranks alike (a rank "
+                "without data, or with a bad batch, calls both without backward), and start again from a checkpoint"
+            )
+        if outcome.any_rank["problem"].any():
+            error = RuntimeError(self._problem) if self._problem else None
+            agreement.raise_together(self._control, error, "taking a step")
+        if outcome.differs["hyper"].any():
+            agreement.compare(self._control, self._hypers, "the hyper-parameters", error=RuntimeError)
+        names = [member.name for member in (*self._slots, *self._frozen)]
+        advice = (
+            "reduce_gradients=False expects gradients that are already the same on all ranks. Wrap the model in "
+            "DistributedDataParallel, or build ShardedAdamax with reduce_gradients=True to let it reduce them"
+        )
+        presence = outcome.differs.get("presence")
+        if presence is not None and presence.any():
+            name = names[int(presence.nonzero()[0])]
+            raise RuntimeError(f"{name} has a gradient on some ranks and None on others; {advice}")
+        if outcome.differs["gradients"].any():
+            name = names[int(outcome.differs["gradients"].nonzero()[0]) // 8]
+            raise RuntimeError(f"the gradient of {name} differs between ranks; {advice}")
+
+
+class RoundError(RuntimeError):
+    """The ranks are in different rounds of reductions. What is under way has no partner any more."""
+
+
+def flags(values: Sequence[bool]) -> Tensor:
+    """Return them as bytes, for a ballot."""
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+def _bools(values: Tensor) -> list[bool]:
+    return [bool(value) for value in values.tolist()]
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor(list(value.to_bytes(8, "little")), dtype=torch.uint8)
+
+
+def _digest(lines: Sequence[str]) -> Tensor:
+    return torch.tensor(list(hashlib.sha256("\n".join(lines).encode()).digest()[:8]), dtype=torch.uint8)
+
+
+def _sparse_problem(frozen: Sequence[Member]) -> str | None:
+    gradients = [member.param.grad for member in frozen]
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        return "Adamax does not support sparse gradients"  # torch's own words
+    return None

@@ -1,0 +1,97 @@
+"""A rank that raises, dies or hangs: the others stop in bounded time and name the rank, the bucket and the step."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOST_AT_STEP = 3
+
+# Run as a job of its own, because the pool's processes are to live on. Arguments: rank, world size, store, how.
+JOB = """
+import datetime, os, signal, sys, time
+import torch, torch.distributed as dist
+from sharded_adamax import ShardedAdamax
+from tests.distributed.problems import backward, gradient, make_params
+
+rank, world_size, store, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+timeout = datetime.timedelta(seconds=5 if how == "hangs" else 60)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+params = make_params(torch.float32)
+optimizer = ShardedAdamax(params, bucket_mib=0.01)
+for step in range(1, 6):
+    if step == LOST_AT_STEP and rank == 1:
+        if how == "in backward":
+            def fail(_):
+                raise ValueError("a bad batch")
+            params[4].register_post_accumulate_grad_hook(fail)
+        elif how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "before step":
+            backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
+            raise ValueError("a bad batch")
+        elif how == "hangs":
+            time.sleep(12)
+    backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
+    optimizer.step()
+    optimizer.zero_grad()
+""".replace("LOST_AT_STEP", str(LOST_AT_STEP))
+
+
+def _run_job(tmp_path: Path, how: str, world_size: int) -> list[tuple[int, str, float]]:
+    """Return exit status, what was written to stderr and the seconds it took, by rank."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOB, str(rank), str(world_size), str(tmp_path / "store"), how],
+            stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    results = []
+    started = time.monotonic()
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=50)
+            results.append((process.returncode, errors, time.monotonic() - started))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+WHERE = r"(the vote of|the (reduce-scatter|all-gather) of bucket \d,) step"
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("in backward", 3), ("before step", 2), ("dies", 2), ("dies", 3)])
+def test_the_others_stop_at_once_and_name_the_rank_and_the_step(tmp_path: Path, how: str, world_size: int) -> None:
+    results = _run_job(tmp_path, how, world_size)
+    assert results[1][0] == (-signal.SIGKILL if how == "dies" else 1), results[1]
+    culprits = []
+    for rank in set(range(world_size)) - {1}:
+        status, errors, _ = results[rank]
+        assert status == 1, (status, errors)  # an exception, not SIGABRT
+        last = errors.strip().splitlines()[-1]
+        found = re.search(
+            rf"LostRankError: rank {rank} waited in vain for ranks? ([\d, ]+) in {WHERE} {LOST_AT_STEP}\.", last
+        )
+        assert found, errors
+        culprits.append(found[1])
+    # The first to notice names the culprit. Another may notice that one's end before.
+    assert any("1" in named for named in culprits), culprits
+
+
+def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> None:
+    status, errors, _ = _run_job(tmp_path, "hangs", 2)[0]
+    assert status == 1, (status, errors)
+    last = errors.strip().splitlines()[-1]
+    assert re.search(rf"rank 0 waited in vain for rank 1 in {WHERE} {LOST_AT_STEP}\.", last), errors
