@@ -86,7 +86,7 @@ class Bucket:
         step_dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
         self.steps = torch.zeros(len(layout.slots), dtype=step_dtype)
         self._adopt_params()
-        self._versions = [param._version for param in self.params]
+        self.note_versions()
         self._identities = [Identity.of(param) for param in self.params]
 
     def _adopt_params(self) -> None:
@@ -114,6 +114,10 @@ class Bucket:
                 part = written[piece.in_shard.as_slice()]
                 part |= part.any()
         self.master.copy_(torch.where(written, self.param_shard, self.master))
+
+    def note_versions(self) -> None:
+        """Take writes to the parameters up to now as this optimizer's own."""
+        self._versions = [param._version for param in self.params]
 
     def round_master(self) -> None:
         """Make the parameters of this shard what the master is, rounded to nearest, ties to even."""

@@ -121,9 +121,17 @@ class Engine:
             for index, slots in enumerate(used):
                 self._update(index, slots, groups, hypers)
             self.gathering.wait_all(self.source.step)
+            self._tell_autograd(used)
         self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
         self.source.step += 1
+
+    def _tell_autograd(self, used: list[list[bool]]) -> None:
+        """Make a backward through a graph from before this step fail in torch's words, as after any in-place update."""
+        for bucket, slots in zip(self.buckets, used, strict=True):
+            updated = [param for param, is_used in zip(bucket.params, slots, strict=True) if is_used]
+            torch.autograd.graph.increment_version(updated)
+            bucket.note_versions()
 
     def _is_refused(self, used: list[list[bool]]) -> bool:
         """Return whether all ranks skip this step. Collective."""
@@ -209,9 +217,9 @@ class Engine:
         self._norms.clear()
         return found_inf
 
-    def discard(self) -> None:
+    def discard(self, *, set_to_none: bool) -> None:
         """Forget the gradients since the last step. Collective where there are any."""
-        self.source.discard()
+        self.source.discard(set_to_none=set_to_none)
         self._norms.clear()
 
     def _forget_gradients(self) -> None:
@@ -230,9 +238,11 @@ class Engine:
         problem = self._moved_problem()
         hypers = [*hyper_lines(groups), self.guards.line()]
         vote = StepVote(self.control, self.source, hypers=hypers, slots=slots, frozen=self.frozen, problem=problem)
-        self.source.flush()
         try:
+            if not self.source.must_agree_first:
+                self.source.flush()
             decision = vote.wait()
+            self.source.flush()
         except (RoundError, LostRankError):
             raise  # what is under way will never be over: there is nothing to wait for
         except RuntimeError:

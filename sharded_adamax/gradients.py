@@ -59,6 +59,7 @@ class GradientSource(ABC):
         self.peaks = Peaks()
         self.step = 1  # the step that gradients are collected for, for messages
         self.num_rounds = 0  # of reductions that are over, dropped ones among them
+        self.must_agree_first = False  # whether the ranks may be in different rounds, so that nothing may be launched
 
     def add(self, bucket: Bucket, names: list[str]) -> None:
         """Take over the gradients of one more bucket. The same order on every rank."""
@@ -97,8 +98,12 @@ class GradientSource(ABC):
         """Forget all gradients taken since the last step and be ready for the next. Local."""
 
     @abstractmethod
-    def discard(self) -> None:
-        """Undo what backward did since the last step, for `zero_grad`. Collective where gradients were taken."""
+    def discard(self, *, set_to_none: bool) -> None:
+        """Undo what backward did since the last step, for `zero_grad`. Collective where gradients were taken.
+
+        Args:
+            set_to_none: False: parameters that had a gradient have one of zeros from now on, as in torch.
+        """
 
 
 @dataclass
@@ -163,7 +168,7 @@ class ReducedGradients(GradientSource):
     def drop(self) -> None:
         pass
 
-    def discard(self) -> None:
+    def discard(self, *, set_to_none: bool) -> None:
         pass
 
 

@@ -228,7 +228,7 @@ class ShardedAdamax(torch.optim.Adamax):
         Collective where backward ran since the last step: what was launched is completed first.
         """
         super().zero_grad(set_to_none)
-        self._get_engine().discard()
+        self._get_engine().discard(set_to_none=set_to_none)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

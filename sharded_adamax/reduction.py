@@ -6,7 +6,9 @@ order of the buckets, on every rank, whatever the order in which gradients becom
 sent as zeros when `step` flushes. So in a step every rank issues each bucket's reduce-scatter exactly once: a *round*.
 
 Rounds are counted. A rank that ran backward or `zero_grad` where the others did not is in another round than they are,
-and the vote of the step finds it before gradients of different steps are mixed.
+and the vote of the step finds it before gradients of different steps are mixed. After a round was dropped without a
+step, the next begins only when the vote has found all ranks in it: until then a rank could wait for messages that the
+others are not going to send.
 
 A gradient that arrives after its bucket was launched (a second backward pass before `step`) stays in ``param.grad``
 and is accumulated there by autograd. The vote of the step tells all ranks which buckets need a second round.
@@ -44,6 +46,25 @@ class _Progress:
     shard: Tensor | None = None  # (shard_numel,), mean over the ranks, accumulated over rounds
 
 
+@dataclass
+class _Zeros:
+    """Which slots of one bucket would have a ``param.grad`` of zeros, if gradients stayed where torch has them.
+
+    After ``zero_grad(set_to_none=False)`` torch updates a parameter that had a gradient before, though no new one came.
+    """
+
+    had_gradient: list[bool]  # since the last zero_grad(set_to_none=True)
+    count: list[bool]  # as zeros in the next step
+
+    def note(self, used: list[bool]) -> None:
+        self.had_gradient = [before or now for before, now in zip(self.had_gradient, used, strict=True)]
+
+    def clear(self, *, set_to_none: bool) -> None:
+        if set_to_none:
+            self.had_gradient = [False] * len(self.had_gradient)
+        self.count = list(self.had_gradient)
+
+
 class BackwardReduction(GradientSource):
     """Takes gradients from hooks while backward runs. See [Note: round]."""
 
@@ -53,6 +74,7 @@ class BackwardReduction(GradientSource):
         super().__init__(group)
         self.enabled = True  # False inside no_sync
         self._progress: list[_Progress] = []
+        self._zeros: list[_Zeros] = []
         self._names: list[list[str]] = []
         self._num_launched = 0  # buckets 0 .. _num_launched - 1 are launched
         self._is_unscaled = False  # by a GradScaler, for the step that should come next
@@ -63,6 +85,7 @@ class BackwardReduction(GradientSource):
         super().add(bucket, names)
         self._names.append(names)
         self._progress.append(_fresh(bucket))
+        self._zeros.append(_Zeros([False] * len(bucket.params), [False] * len(bucket.params)))
         # A weak reference: an optimizer that the user has dropped must neither live on nor take gradients.
         this = weakref.ref(self)
         for slot, param in enumerate(bucket.params):
@@ -72,16 +95,27 @@ class BackwardReduction(GradientSource):
                 hook = partial(_on_gradient, this, index, slot)
                 hooks[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def on_gradient(self, index: int, slot: int) -> None:
+    def on_gradient(self, index: int, slot: int, *, may_take: bool) -> None:
+        """Note that autograd has accumulated a gradient, and launch what is complete.
+
+        Args:
+            may_take: Whether the gradient is final. Others wait until the next one, or the flush.
+        """
         if self._is_unscaled:
             # The scaler found Inf and skipped the step. `zero_grad` of the optimizer would have said so; that of the
             # model cannot. torch allows no backward between unscale_ and step, so these gradients are of a new step.
-            self.drop()
+            self._drop_without_step()
         progress = self._progress[index]
         progress.fired[slot] += 1
-        if not self.enabled or progress.launched:
+        if not self.enabled or self.must_agree_first or progress.launched:
             return
+        if not may_take:
+            self._launch_complete()
         progress.ready.add(slot)
+        if may_take:
+            self._launch_complete()
+
+    def _launch_complete(self) -> None:
         while self._num_launched < len(self.buckets) and self._is_complete(self._num_launched):
             self._launch_next()
 
@@ -90,10 +124,8 @@ class BackwardReduction(GradientSource):
         problem = None
         for index, (bucket, progress) in enumerate(zip(self.buckets, self._progress, strict=True)):
             remaining = [param.grad is not None for param in bucket.params]
-            if progress.launched:
-                used += [was_used or left for was_used, left in zip(progress.used, remaining, strict=True)]
-            else:
-                used += remaining
+            present = zip(progress.used, remaining, self._zeros[index].count, strict=True)
+            used += [any(flags) for flags in present]
             again.append(progress.launched and any(remaining))
             for slot, param in enumerate(bucket.params):
                 if remaining[slot] and problem is None:
@@ -150,12 +182,19 @@ class BackwardReduction(GradientSource):
         self._num_launched = 0
         self.num_rounds += 1
         self._is_unscaled = False
+        self.must_agree_first = False
 
-    def discard(self) -> None:
+    def _drop_without_step(self) -> None:
+        self.drop()
+        self.must_agree_first = self.group.size > 1
+
+    def discard(self, *, set_to_none: bool) -> None:
         # Ranks may have launched different numbers of buckets: complete the round, so that all are at the same place.
         if any(progress.launched or any(progress.fired) for progress in self._progress):
             self.flush()
-            self.drop()
+            self._drop_without_step()
+        for zeros in self._zeros:
+            zeros.clear(set_to_none=set_to_none)
 
     def _is_complete(self, index: int) -> bool:
         return len(self._progress[index].ready) == len(self.buckets[index].params)
@@ -173,6 +212,7 @@ class BackwardReduction(GradientSource):
             before or param.grad is not None
             for before, param in zip(progress.used, self.buckets[index].params, strict=True)
         ]
+        self._zeros[index].note(progress.used)
 
     def _launch(self, index: int) -> None:
         while len(self._in_flight) >= MAX_IN_FLIGHT:
@@ -228,5 +268,13 @@ def _fresh(bucket: Bucket) -> _Progress:
 
 def _on_gradient(source: weakref.ref[BackwardReduction], index: int, slot: int, param: Tensor) -> None:
     this = source()
-    if this is not None:
-        this.on_gradient(index, slot)
+    if this is None:
+        return
+    # The user's hooks on the same parameter see and change param.grad before it is taken: ours is to be the last.
+    # Where one was added since, ours goes behind it for the next time, and this time the gradient is not taken yet.
+    of_param = param._post_accumulate_grad_hooks
+    ours = hooks[param].id
+    is_last = next(reversed(of_param)) == ours
+    if not is_last:
+        of_param[ours] = of_param.pop(ours)
+    this.on_gradient(index, slot, may_take=is_last)

@@ -94,12 +94,13 @@ class StepVote:
 
     def _raise_on_disagreement(self, outcome: agreement.Outcome) -> None:
         if outcome.differs["round"].any():
-            rounds = [f"{number} rounds behind it" for number in self._control.exchange(self._num_rounds)]
+            rounds = agreement.by_rank([str(number) for number in self._control.exchange(self._num_rounds)])
             raise RoundError(
-                f"the ranks are not at the same place in step {self._source.step}: {agreement.by_rank(rounds)}. Some "
-                "ranks called zero_grad, or ran backward after a step that GradScaler skipped, and others did not: "
-                "gradients of different steps would be mixed. Call step and zero_grad on all ranks alike (a rank "
-                "without data, or with a bad batch, calls both without backward), and start again from a checkpoint"
+                f"the ranks are not at the same place in step {self._source.step} (rounds of reductions: {rounds}). Some "
+                "ranks threw gradients away (zero_grad after backward, or backward after a step that GradScaler "
+                "skipped) and others had none, or did not: gradients of different steps would be mixed. Call step on "
+                "all ranks alike, also on one without data or with a bad batch; after backward without step, zero_grad "
+                "on all. Start again from a checkpoint"
             )
         if outcome.any_rank["problem"].any():
             error = RuntimeError(self._problem) if self._problem else None

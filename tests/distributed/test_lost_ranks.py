@@ -11,6 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from sharded_adamax import ShardedAdamax
+from tests.distributed.pool import Pool
+from tests.distributed.problems import backward, gradient, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
 LOST_AT_STEP = 3
@@ -95,3 +101,27 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> 
     assert status == 1, (status, errors)
     last = errors.strip().splitlines()[-1]
     assert re.search(rf"rank 0 waited in vain for rank 1 in {WHERE} {LOST_AT_STEP}\.", last), errors
+
+
+def _thrown_away_alone() -> str:
+    """Rank 0 has gradients to throw away, rank 1 has none and cannot know."""
+    params = make_params(torch.float32)
+    optimizer = ShardedAdamax(params, bucket_mib=0.001)
+    assert len(optimizer.layout.buckets) > 2, "so many that rank 0 would wait in backward if it launched them"
+    if dist.get_rank() == 0:
+        backward(params, [gradient(0, 0, i, p) for i, p in enumerate(params)])
+    optimizer.zero_grad()
+    backward(params, [gradient(1, 0, i, p) for i, p in enumerate(params)])
+    before = [param.detach().clone() for param in params]
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def test_ranks_that_lost_step_are_told_before_gradients_of_two_steps_are_mixed(ranks: Pool) -> None:
+    for message in ranks.run(2, _thrown_away_alone):
+        assert message.startswith("RoundError: the ranks are not at the same place in step 1 "), message
+        assert "(rounds of reductions: rank 0 has 1; rank 1 has 0)" in message

@@ -12,7 +12,7 @@ from sharded_adamax import ShardedAdamax
 from sharded_adamax.engine import Engine
 from tests.distributed.pool import Pool
 from tests.distributed.problems import assert_same_bits, backward, gradient, make_params
-from tests.distributed.wire import tcp_bytes_sent
+from tests.distributed.wire import bytes_between, tcp_bytes_sent
 
 # About 4.4 MB in buckets of 0.5 MiB; padding is well below 1 %.
 SHAPES: list[tuple[int, ...]] = [
@@ -56,7 +56,7 @@ def _count() -> None:
         before = tcp_bytes_sent()
         _step(optimizer, params, step)
         _settle()
-        on_the_wire = tcp_bytes_sent() - before
+        on_the_wire = bytes_between(before, tcp_bytes_sent())
         assert engine.group.traffic.calls == {"reduce_scatter": num_buckets, "all_gather": num_buckets}
         assert engine.control.traffic.calls == {"maximum": 1}
         limit = 2 * (world_size - 1) / world_size * param_bytes
