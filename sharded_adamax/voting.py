@@ -96,11 +96,11 @@ class StepVote:
         if outcome.differs["round"].any():
             rounds = agreement.by_rank([str(number) for number in self._control.exchange(self._num_rounds)])
             raise RoundError(
-                f"the ranks are not at the same place in step {self._source.step} (rounds of reductions: {rounds}). Some "
-                "ranks threw gradients away (zero_grad after backward, or backward after a step that GradScaler "
-                "skipped) and others had none, or did not: gradients of different steps would be mixed. Call step on "
-                "all ranks alike, also on one without data or with a bad batch; after backward without step, zero_grad "
-                "on all. Start again from a checkpoint"
+                f"the ranks are not at the same place in step {self._source.step} (rounds of reductions: {rounds}). "
+                "Some ranks threw gradients away (zero_grad after backward, or backward after a step that "
+                "GradScaler skipped) and others had none, or did not: gradients of different steps would be mixed. "
+                "Call step on all ranks alike, also on one without data or with a bad batch; after backward without "
+                "step, zero_grad on all. Start again from a checkpoint"
             )
         if outcome.any_rank["problem"].any():
             error = RuntimeError(self._problem) if self._problem else None
