@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sharded_adamax.layout import BucketLayout, Piece, dense_strides
-from sharded_adamax.ranges import dim_order
+from sharded_adamax.ranges import Range, dim_order
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -42,6 +42,11 @@ class Precision:
     def of_update(self, param_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of m, u, the gradient shard and what is updated; a master is for 16 bits only."""
         return self.master_dtype if self.master_dtype and param_dtype in LOW_PRECISION else param_dtype
+
+
+def part(flat: Tensor, elements: Range) -> Tensor:
+    """Return some elements of a flat tensor, as a view."""
+    return flat.narrow(0, elements.start, elements.numel)
 
 
 class Identity(NamedTuple):
@@ -75,9 +80,8 @@ class Bucket:
         self.params = list(params)
         self.pieces = layout.pieces(rank)
         self.wire_dtype = precision.on_wire(layout.dtype)
-        device = self.params[0].device
-        self.flat_param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
-        self.param_shard = self.flat_param.narrow(0, layout.shard(rank).start, layout.shard_numel)
+        self.flat_param = self.params[0].detach().new_zeros(layout.numel)
+        self.param_shard = part(self.flat_param, layout.shard(rank))
         update_dtype = precision.of_update(layout.dtype)
         self.exp_avg = torch.zeros_like(self.param_shard, dtype=update_dtype)
         self.exp_inf = torch.zeros_like(self.param_shard, dtype=update_dtype)
@@ -93,7 +97,7 @@ class Bucket:
         # One at a time: the old tensor is freed as soon as its values are in the bucket.
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             view = self.flat_param.as_strided(param.shape, dense_strides(param), slot.start)
-            view.copy_(param.data)
+            view.copy_(param.detach())
             param.data = view
 
     @property
@@ -111,8 +115,8 @@ class Bucket:
         for index, (param, piece) in enumerate(zip(self.params, self.pieces, strict=True)):
             if param._version != self._versions[index]:
                 self._versions[index] = param._version
-                part = written[piece.in_shard.as_slice()]
-                part |= part.any()
+                of_param = part(written, piece.in_shard)
+                of_param |= of_param.any()
         self.master.copy_(torch.where(written, self.param_shard, self.master))
 
     def note_versions(self) -> None:
@@ -148,12 +152,12 @@ class Bucket:
             gradient = param.grad
             if gradient is None or gradient.is_sparse or gradient.shape != identity.shape:
                 continue
-            buffer[written : slot.start].zero_()
+            part(buffer, Range(written, slot.start)).zero_()
             views.append(buffer.as_strided(identity.shape, identity.stride, slot.start))
             gradients.append(gradient.detach())
             written = slot.in_bucket.stop
             param.grad = None
-        buffer[written:].zero_()
+        part(buffer, Range(written, self.layout.numel)).zero_()
         if views:
             torch._foreach_copy_(views, gradients)
         return buffer
@@ -182,5 +186,5 @@ class Bucket:
             if has_gradient and piece.in_param.numel:
                 assert param.grad is not None
                 in_memory = param.grad.permute(dim_order(param.stride())).reshape(-1)
-                shard[piece.in_shard.as_slice()].copy_(in_memory[piece.in_param.as_slice()])
+                part(shard, piece.in_shard).copy_(part(in_memory, piece.in_param))
         return shard

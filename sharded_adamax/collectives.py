@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending
-from sharded_adamax.ranges import Range
 
 T = TypeVar("T")
 
@@ -185,7 +184,8 @@ class ProcessGroup(Group):
         return Native(self.rank, work, shard, keep_alive=bucket)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
-        shard = bucket[_shard_of(bucket, self.rank, self.size).as_slice()]
+        shard_numel = bucket.numel() // self.size
+        shard = bucket.narrow(0, self.rank * shard_numel, shard_numel)
         self.traffic.record("all_gather", shard.nbytes * (self.size - 1))
         # In place: the output's own shard is the input. The parameters outlive the call, so nothing is kept alive here.
         work = _all_gather_single(_as_real(bucket), _as_real(shard), group=self._process_group, async_op=True)
@@ -272,11 +272,6 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 def _as_real(tensor: Tensor) -> Tensor:
     """Return complex numbers as twice as many real ones, which every backend carries; others as they are."""
     return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
-
-
-def _shard_of(bucket: Tensor, rank: int, size: int) -> Range:
-    shard_numel = bucket.numel() // size
-    return Range(rank * shard_numel, (rank + 1) * shard_numel)
 
 
 # The CPU groups made beside groups that carry no CPU tensors: one for each, however often it is asked for.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sharded_adamax import clipping
 from sharded_adamax import layout as layouts
-from sharded_adamax.buckets import Bucket, Precision
+from sharded_adamax.buckets import Bucket, Precision, part
 from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
@@ -101,8 +101,8 @@ class Engine:
                 spec = self.layout.specs[piece.param]
                 state[param] = {"step": bucket.steps[piece.slot]}
                 for key, flat in sharded_state(bucket).items():
-                    part = flat.narrow(0, piece.in_shard.start, piece.in_shard.numel)
-                    state[param][key] = FlatShard(part, spec.shape, piece.in_param, spec.dim_order)
+                    local = part(flat, piece.in_shard)
+                    state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
 
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
@@ -280,13 +280,13 @@ class Engine:
                 by_group.setdefault(self.members[piece.param].group_index, []).append(slot)
         with torch.profiler.record_function(f"sharded_adamax::update bucket {index}"):
             for group_index, slots in by_group.items():
-                parts = [bucket.pieces[slot].in_shard.as_slice() for slot in slots]
+                parts = [bucket.pieces[slot].in_shard for slot in slots]
                 update_ = choose(groups[group_index]["foreach"], gradient.device)
                 update_(
-                    [bucket.target[part] for part in parts],
-                    [gradient[part] for part in parts],
-                    [bucket.exp_avg[part] for part in parts],
-                    [bucket.exp_inf[part] for part in parts],
+                    [part(bucket.target, elements) for elements in parts],
+                    [part(gradient, elements) for elements in parts],
+                    [part(bucket.exp_avg, elements) for elements in parts],
+                    [part(bucket.exp_inf, elements) for elements in parts],
                     [steps[slot] for slot in slots],
                     hypers[group_index],
                 )

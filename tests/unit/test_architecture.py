@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agreement": {"collectives", "pending"},
     "members": set(),
     "buckets": {"layout", "ranges"},
-    "collectives": {"pending", "ranges"},
+    "collectives": {"pending"},
     "pending": set(),
     "kernels": set(),
     "layout": {"ranges"},
