@@ -16,6 +16,7 @@ NUM_KILLS = 3
 LOSS_AT_ANOTHER_WORLD_SIZE = 1e-4  # relative: the same batch, summed in another order
 
 
+@pytest.mark.timeout(240)
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(nursery: Nursery, tmp_path: Path) -> None:
     tally = soak.run(NUM_KILLS, seed=1, directory=tmp_path, nursery=nursery)
     print(soak.table(tally))
@@ -55,6 +56,7 @@ class Hosts:
         self.job.wait_until(is_there, f"{num_steps} steps on {world_size} ranks", timeout_s=90)
 
 
+@pytest.mark.timeout(240)
 def test_a_job_goes_on_with_fewer_hosts_and_with_more_again(nursery: Nursery, tmp_path: Path) -> None:
     # More steps than anybody waits for: the job must not end while a host is on its way.
     arguments = [*TINY, "--batch=12", "--steps=1000", "--checkpoint-every=10", "--keep-checkpoints=1000"]
