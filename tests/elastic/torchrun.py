@@ -110,11 +110,15 @@ class Job:
 
     def start(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> Agent:
         """Start launch/torchrun.sh with the arguments of train.py; ``prefix`` starts it somewhere else."""
+        return self.start_command([*prefix, "bash", str(SCRIPT), *arguments], **environment)
+
+    def start_command(self, command: Sequence[str], **environment: str) -> Agent:
+        """Start another launcher, in the root of the repository."""
         log = self._directory / f"agent{len(self._agents)}.log"
-        command = [*prefix, "bash", str(SCRIPT), *arguments]
         with log.open("wb") as output:
             process = psutil.Popen(
                 command,
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
