@@ -30,10 +30,14 @@ class Hosts:
         self.job = job
         self.out = out
         self._arguments = [*arguments, f"--out={out}"]
+        self._num_started = 0
         with socket.create_server(("127.0.0.1", 0)) as server:
             self._endpoint = f"127.0.0.1:{server.getsockname()[1]}"
 
     def start_one(self) -> Agent:
+        """Start another host. The first one carries the rendezvous, and not rank 0."""
+        is_host = int(not self._num_started)
+        self._num_started += 1
         return self.job.start(
             *self._arguments,
             PET_NNODES="2:3",
@@ -42,8 +46,8 @@ class Hosts:
             PET_RDZV_ENDPOINT=self._endpoint,
             PET_RDZV_ID="test",
             # How long to wait for a third host, and when one that went without a word counts as lost; 30 and 15 s else.
-            PET_RDZV_CONF="last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4",
-            PET_LOCAL_ADDR="127.0.0.1",
+            PET_RDZV_CONF=f"is_host={is_host},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4",
+            PET_LOCAL_ADDR="127.0.0.9" if is_host else "127.0.0.1",  # torchrun numbers hosts by their addresses
         )
 
     def wait_for_life(self, world_size: int, num_steps: int) -> None:
@@ -59,13 +63,16 @@ class Hosts:
 @pytest.mark.timeout(240)
 def test_a_job_goes_on_with_fewer_hosts_and_with_more_again(nursery: Nursery, tmp_path: Path) -> None:
     # More steps than anybody waits for: the job must not end while a host is on its way.
-    arguments = [*TINY, "--batch=12", "--steps=1000", "--checkpoint-every=10", "--keep-checkpoints=1000"]
+    # And a batch that neither number of ranks divides.
+    arguments = [*TINY, "--batch=13", "--steps=1000", "--checkpoint-every=10", "--keep-checkpoints=1000"]
     out = tmp_path / "run"
     with Job(tmp_path / "job") as job:
         hosts = Hosts(job, out, arguments)
         agents = [hosts.start_one() for _ in range(3)]
         hosts.wait_for_life(world_size=3, num_steps=15)
-        agents.pop().kill_host()  # not the first, which carries the rendezvous
+        (host_of_rank_0,) = [agent for agent in agents if 0 in agent.workers()]
+        assert host_of_rank_0 is not agents[0]
+        host_of_rank_0.kill_host()
         hosts.wait_for_life(world_size=2, num_steps=15)
         hosts.start_one()
         hosts.wait_for_life(world_size=3, num_steps=15)
