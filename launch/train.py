@@ -5,6 +5,8 @@ One program for every launcher and every number of ranks:
     python launch/train.py --out run
     torchrun --standalone --nproc-per-node=2 launch/train.py --out run
     torchrun --standalone --nproc-per-node=3 launch/train.py --out run --resume
+    mpirun -n 2 python launch/train.py --out run --backend mpi
+    srun -n 2 python launch/train.py --out run
 
 A run can go on at any number of ranks. On the CPU, with as many ranks and threads as before, it goes on bit for bit.
 """
@@ -49,6 +51,7 @@ class Options:
     heads: int
     table_rows: int
     threads: int | None
+    backend: str | None
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,7 @@ def parse_options() -> Options:
     add("--heads", type=positive, default=4, help="attention heads")
     add("--table-rows", type=positive, default=16384, help="rows of each n-gram table")
     add("--threads", type=positive, default=None, help="CPU threads per rank; None: what torch chooses")
+    add("--backend", default=None, help="how tensors travel: gloo, nccl, or mpi under mpirun; None: by the device")
     return Options(**vars(parser.parse_args()))
 
 
@@ -263,7 +267,7 @@ def main() -> None:
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    context = init_distributed()
+    context = init_distributed(options.backend)
     try:
         train(options, context)
     finally:
