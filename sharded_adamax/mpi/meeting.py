@@ -37,6 +37,7 @@ from sharded_adamax.mpi.work import RankLeft
 
 PROBE_SECONDS = 5.0
 ECHO_SECONDS = 3.0
+PASS_ON_SECONDS = 0.5  # mpirun drops what a process has written and it has not passed on yet when the job is aborted
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -229,6 +230,7 @@ def _wait_if_echo(error: BaseException) -> None:
 def _abort() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(PASS_ON_SECONDS)
     # MPI's own line about the abort would come last, and says less than the error before it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     MPI.COMM_WORLD.Abort(1)
