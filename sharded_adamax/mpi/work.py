@@ -181,13 +181,15 @@ class Threads:
     @torch.no_grad()
     def _run_tasks(self) -> None:
         while (task := self._tasks.get()) is not None:
+            action, work = task
             error: Exception | None = None
             try:
-                task.action()
+                action()
             except Exception as caught:  # raised again where it is waited for
                 error = caught
-            task.work.finish(error)
-            del task  # its tensors must not live until the next one comes
+            del task, action  # who waits may count on it: after `wait` the tensors are the caller's alone
+            work.finish(error)
+            del work
 
     def _run_messages(self) -> None:
         # Watched by asking, not by waiting: a thread that waits inside MPI could not be given the next message.
