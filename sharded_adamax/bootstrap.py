@@ -121,14 +121,19 @@ def _leave() -> None:
 
 
 def import_mpi() -> ModuleType:
-    """Import `sharded_adamax.mpi`, which starts MPI; only here, because the package itself needs torch alone.
+    """Import `sharded_adamax.mpi` and start MPI; only here, because the package itself needs torch alone.
 
     Raises:
         ModuleNotFoundError: mpi4py is not installed.
-        RuntimeError: There is no MPI library that mpi4py can load.
+        RuntimeError: There is no MPI library that mpi4py can load, or it is not that of the mpirun.
     """
     try:
-        from mpi4py import MPI  # noqa: F401
+        import mpi4py
+
+        # Started below and not by the import: MPICH's library ends a process that Open MPI's mpirun started, with words
+        # that help nobody. Before the start it can be asked which one it is.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "started by mpirun, or asked for the MPI backend, but mpi4py is not installed: pip install "
@@ -141,6 +146,15 @@ def import_mpi() -> ModuleType:
             f"mpi4py is installed, but finds no MPI library ({error}): pip install mpich, or load the cluster's MPI so "
             "that its libmpi.so is on LD_LIBRARY_PATH (MPI4PY_LIBMPI names the file itself)"
         ) from error
+    library = MPI.Get_library_version().splitlines()[0].strip()
+    if "OMPI_COMM_WORLD_SIZE" in os.environ and "Open MPI" not in library:
+        raise RuntimeError(
+            f"expected Open MPI, whose mpirun started this process, got {library} from mpi4py: mpirun and the library "
+            "belong to different MPIs. Use the mpirun that came with the library, or name this mpirun's library in "
+            "MPI4PY_LIBMPI"
+        )
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
     from sharded_adamax import mpi
 
     return mpi

@@ -145,7 +145,7 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_the_last_thing_to_be_seen(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("backend", "ending"), [("default", "leave it to exit"), ("mpi", "destroy")])
+@pytest.mark.parametrize(("backend", "ending"), [("default", "destroy"), ("mpi", "leave it to exit")])
 def test_a_rank_that_exits_alone_does_not_leave_the_others_waiting(tmp_path: Path, backend: str, ending: str) -> None:
     lines, code, seconds = _fail(tmp_path, backend, "exit", ending)
     assert code != 0

@@ -39,7 +39,7 @@ ALONE = DistributedContext(rank=0, world_size=1, local_rank=0, device=torch.devi
 @pytest.fixture(autouse=True)
 def _plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if started by ``python`` on a machine without GPUs, whatever runs the tests."""
-    for name in (*TORCHRUN_VARIABLES, *MPIRUN_SIZES, *SRUN_VARIABLES):
+    for name in (*TORCHRUN_VARIABLES, *MPIRUN_SIZES, *SRUN_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -209,9 +209,16 @@ def test_without_an_mpi_library_the_error_says_where_one_is_looked_for() -> None
     assert "pip install mpich" in error
 
 
-def test_an_mpirun_of_another_mpi_than_the_library_is_refused() -> None:
-    """Each process would be a world of one: Open MPI's mpirun says 2, and MPICH's library knows of no other."""
+def test_a_library_that_is_not_open_mpi_is_refused_under_its_mpirun() -> None:
+    """Before MPI starts: MPICH would end the process itself, and speak of PMI versions."""
     error = _error_of(JOIN, {"OMPI_COMM_WORLD_SIZE": "2"})
+    assert "RuntimeError: expected Open MPI, whose mpirun started this process, got MPICH" in error
+    assert "belong to different MPIs" in error
+
+
+def test_processes_that_mpi_does_not_know_of_are_refused() -> None:
+    """Open MPI's library under MPICH's mpirun: each process would be a world of one."""
+    error = _error_of("from sharded_adamax.mpi import meet; meet(expected_size=2, timeout_s=1)", {})
     assert "RuntimeError: expected 2 processes, as mpirun says, got 1 from the MPI library" in error
     assert "belong to different MPIs" in error
 
@@ -337,6 +344,31 @@ def test_an_address_where_nobody_answers_is_named_with_what_to_look_at() -> None
     with pytest.raises(RuntimeError, match=r"rank 3: expected rank 0 at 127.0.0.1:\d+ to answer within 1 s.*refused"):
         await_master(place, 1)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_rank_whose_master_does_not_answer_says_so_in_time(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(_free_port())
+    of_rank_1 = {**OF_TWO_RANKS, "RANK": "1", "LOCAL_RANK": "1"} if launcher == "torchrun" else SRUN
+    _set(monkeypatch, {**of_rank_1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"expected rank 0 at 127.0.0.1:{port} to answer within 1 s"):
+        init_distributed(join_timeout_s=1)
+    assert time.monotonic() - began < 5
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("found", ["agent", "no agent"])
+def test_rank_0_of_torchrun_waits_for_the_agents_store_only(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = _Gpus(monkeypatch, 1)
+    _set(monkeypatch, {**OF_TWO_RANKS, "MASTER_PORT": str(_free_port())})
+    if found == "agent":
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        with pytest.raises(RuntimeError, match="rank 0: expected rank 0 at"):
+            init_distributed(join_timeout_s=0.5)
+    else:
+        init_distributed(join_timeout_s=0.5)
+    assert len(gpus.groups) == (0 if found == "agent" else 1)
 
 
 def test_a_host_name_that_nobody_knows_is_an_error_in_time() -> None:
