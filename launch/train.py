@@ -5,6 +5,8 @@ One program for every launcher and every number of ranks:
     python launch/train.py --out run
     torchrun --standalone --nproc-per-node=2 launch/train.py --out run
     torchrun --standalone --nproc-per-node=3 launch/train.py --out run --resume
+    mpirun -n 2 python launch/train.py --out run --backend mpi
+    srun -n 2 python launch/train.py --out run
 
 A run can go on at any number of ranks. On the CPU, with as many ranks and threads as before, it goes on bit for bit.
 README.md beside this file says which launcher to take, and what each does when a rank dies.
@@ -13,9 +15,7 @@ README.md beside this file says which launcher to take, and what each does when 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ class Options:
     heads: int
     table_rows: int
     threads: int | None
+    backend: str | None
     timeout: float | None
 
 
@@ -279,17 +280,9 @@ def parse_options() -> Options:
     add("--heads", type=positive, default=4, help="attention heads")
     add("--table-rows", type=positive, default=16384, help="rows of each n-gram table")
     add("--threads", type=positive, default=None, help="CPU threads per rank; None: what torch chooses")
+    add("--backend", default=None, help="how tensors travel: gloo, nccl, or mpi under mpirun; None: by the device")
     add("--timeout", type=positive_seconds, default=None, help="seconds to wait for other ranks; None: 30 minutes")
     return Options(**vars(parser.parse_args()))
-
-
-def join(options: Options) -> DistributedContext:
-    """Join the job; with --timeout a rank that cannot reach another one gives up after that time."""
-    # A host that is cut off closes no connection: only the timeout ends the wait for it. Groups keep the one that they
-    # are made with, and init_distributed has no argument for it.
-    if options.timeout is not None and "RANK" in os.environ:
-        dist.init_process_group(timeout=datetime.timedelta(seconds=options.timeout))
-    return init_distributed()
 
 
 # torchrun sums up a failed job at its end. With the traceback that `record` leaves it can name the error of the rank
@@ -300,7 +293,7 @@ def main() -> None:
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    context = join(options)
+    context = init_distributed(options.backend, timeout_s=options.timeout)
     train(options, context)
     # Only here: a rank that failed must end at once, and taking a group down may wait for the others.
     if dist.is_initialized():

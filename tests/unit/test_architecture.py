@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "layout": {"ranges"},
     "ranges": set(),
-    "bootstrap": set(),
+    "bootstrap": {"launchers", "mpi"},
+    "mpi": {"launchers"},
+    "launchers": set(),
 }  # fmt: skip
 
 
