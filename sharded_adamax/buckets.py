@@ -56,6 +56,13 @@ class Identity(NamedTuple):
         return cls(param.data_ptr(), param.shape, param.stride())
 
 
+class Run(NamedTuple):
+    """Neighbouring pieces of one shard that are updated as one tensor."""
+
+    in_shard: slice
+    step: float  # of all of them
+
+
 class Bucket:
     """The parameters of one bucket, flat, with this rank's shard of them and of the state."""
 
@@ -96,6 +103,33 @@ class Bucket:
             view.copy_(param.data)
             param.data = view
 
+    def runs(self, slots: Sequence[int], longest_gap: int) -> list[Run]:
+        """Return what is to be updated of ``slots``, neighbours that are at the same step merged into one run.
+
+        Args:
+            slots: In ascending order. Without elements in this shard they give nothing.
+            longest_gap: Elements of padding between two pieces over which they may be merged; -1: merge nothing.
+
+        Example: slots of 100, 20 and 64 elements start at 0, 128 and 192. With a gap of 63 they are one run [0, 256),
+        of which [100, 128) and [148, 192) is padding.
+        """
+        found: list[Run] = []
+        steps = self.steps.tolist()
+        start = stop = 0
+        step = None
+        for slot in slots:
+            piece = self.pieces[slot].in_shard
+            if piece.start == piece.stop:
+                continue
+            if step != steps[slot] or piece.start - stop > longest_gap:
+                if step is not None:
+                    found.append(Run(slice(start, stop), step))
+                start, step = piece.start, steps[slot]
+            stop = piece.stop
+        if step is not None:
+            found.append(Run(slice(start, stop), step))
+        return found
+
     @property
     def target(self) -> Tensor:
         """Return what an update changes, shape (shard_numel,): the master, or the parameters where there is none."""
@@ -126,10 +160,11 @@ class Bucket:
 
     def moved_params(self) -> list[int]:
         """Return the slots whose parameter is no longer the view that was given to it, by ``param.data = ...`` say."""
+        # Field by field: an Identity for each parameter at each step would be a third of the step of tiny parameters.
         return [
             index
-            for index, (param, identity) in enumerate(zip(self.params, self._identities, strict=True))
-            if Identity.of(param) != identity
+            for index, (param, (data_ptr, shape, stride)) in enumerate(zip(self.params, self._identities, strict=True))
+            if param.data_ptr() != data_ptr or param.shape != shape or param.stride() != stride
         ]
 
     def collect_gradients(self) -> Tensor:

@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose
+from sharded_adamax.kernels import Hyper, choose, longest_merged_gap
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -273,22 +273,24 @@ class Engine:
             return
         bucket.refresh_master()
         bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
-        steps = bucket.steps.tolist()
         by_group: dict[int, list[int]] = {}
-        for slot, piece in enumerate(bucket.pieces):
-            if used[slot] and piece.in_shard.numel:
+        for slot, (piece, is_used) in enumerate(zip(bucket.pieces, used, strict=True)):
+            if is_used:
                 by_group.setdefault(self.members[piece.param].group_index, []).append(slot)
         with torch.profiler.record_function(f"sharded_adamax::update bucket {index}"):
             for group_index, slots in by_group.items():
-                parts = [bucket.pieces[slot].in_shard.as_slice() for slot in slots]
+                hyper = hypers[group_index]
+                runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
+                if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
+                    continue
                 update_ = choose(groups[group_index]["foreach"], gradient.device)
                 update_(
-                    [bucket.target[part] for part in parts],
-                    [gradient[part] for part in parts],
-                    [bucket.exp_avg[part] for part in parts],
-                    [bucket.exp_inf[part] for part in parts],
-                    [steps[slot] for slot in slots],
-                    hypers[group_index],
+                    [bucket.target[run.in_shard] for run in runs],
+                    [gradient[run.in_shard] for run in runs],
+                    [bucket.exp_avg[run.in_shard] for run in runs],
+                    [bucket.exp_inf[run.in_shard] for run in runs],
+                    [run.step for run in runs],
+                    hyper,
                 )
             bucket.round_master()
         self.gathering.launch(index, bucket)

@@ -51,8 +51,7 @@ class ShardedAdamax(torch.optim.Adamax):
     Args:
         params: Tensors, ``(name, tensor)`` pairs or group dicts. Names make errors readable.
         lr, betas, eps, weight_decay, foreach, maximize: As in torch.optim.Adamax. ``foreach=None`` is the plain loop
-            on the CPU and
-            foreach on CUDA, as there.
+            on the CPU (in chunks that stay in the cache; the same bits) and foreach on CUDA, as there.
         differentiable: Refused: autograd cannot follow the update through a reduce-scatter.
         capturable: Only False so far.
         fused: Only None and False so far.
