@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose, longest_merged_gap
+from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -56,6 +56,7 @@ class Settings:
     bucket_bytes: int
     skip_nonfinite: bool
     precision: Precision
+    fused: bool  # a wish, of this rank: the numbers do not depend on it
 
 
 class Engine:
@@ -103,6 +104,13 @@ class Engine:
                 for key, flat in sharded_state(bucket).items():
                     part = flat.narrow(0, piece.in_shard.start, piece.in_shard.numel)
                     state[param][key] = FlatShard(part, spec.shape, piece.in_param, spec.dim_order)
+
+    def prepare_kernels(self, groups: list[ParamGroup]) -> None:
+        """Compile what ``fused=True`` needs, so that the first step does not have to. Local."""
+        if self.settings.fused:
+            for bucket in self.buckets:
+                for index in sorted({self.members[piece.param].group_index for piece in bucket.pieces}):
+                    prepare(bucket.exp_avg.dtype, bucket.exp_avg.device, Hyper.of(groups[index]))
 
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
@@ -283,7 +291,7 @@ class Engine:
                 runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
                 if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
                     continue
-                update_ = choose(groups[group_index]["foreach"], gradient.device)
+                update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
                 update_(
                     [bucket.target[run.in_shard] for run in runs],
                     [gradient[run.in_shard] for run in runs],
