@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_adamax.layout import BucketLayout, Piece, dense_strides
-from sharded_adamax.ranges import dim_order
+from sharded_adamax.layout import ALIGNMENT_NUMEL, BucketLayout, Piece, dense_strides
+from sharded_adamax.ranges import dim_order, round_up
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -108,10 +108,11 @@ class Bucket:
 
         Args:
             slots: In ascending order. Without elements in this shard they give nothing.
-            longest_gap: Elements of padding between two pieces over which they may be merged; -1: merge nothing.
+            longest_gap: Elements of padding between two pieces over which they may be merged; -1: merge nothing. Where
+                it is positive, a run ends with its padding, at a multiple of 64 elements: vector loads stay whole.
 
-        Example: slots of 100, 20 and 64 elements start at 0, 128 and 192. With a gap of 63 they are one run [0, 256),
-        of which [100, 128) and [148, 192) is padding.
+        Example: slots of 100, 20 and 70 elements start at 0, 128 and 192. With a gap of 63 they are one run [0, 320),
+        of which [100, 128), [148, 192) and [262, 320) is padding.
         """
         found: list[Run] = []
         steps = self.steps.tolist()
@@ -125,7 +126,7 @@ class Bucket:
                 if step is not None:
                     found.append(Run(slice(start, stop), step))
                 start, step = piece.start, steps[slot]
-            stop = piece.stop
+            stop = round_up(piece.stop, ALIGNMENT_NUMEL) if longest_gap > 0 else piece.stop
         if step is not None:
             found.append(Run(slice(start, stop), step))
         return found

@@ -55,8 +55,9 @@ class ShardedAdamax(torch.optim.Adamax):
         differentiable: Refused: autograd cannot follow the update through a reduce-scatter.
         capturable: Only False so far.
         fused: True updates in one pass over memory: on the CPU compiled by torch's Inductor when the optimizer is
-            built (seconds; needs a C++ compiler) and used only if its bits are those of the plain loop. Where there is
-            no such kernel the update runs as without it, and a warning says so. Not together with ``foreach=True``.
+            built (seconds; needs a C++ compiler) and used only if its bits are those of the plain loop; on CUDA by
+            Triton (never run on a GPU so far). Where there is no such kernel the update runs as without it, and a
+            warning says so. Not together with ``foreach=True``.
         process_group: The ranks that share the state. Default: all. Not initialised: a world of one.
         mesh: A 1-D DeviceMesh instead of ``process_group``.
         reduce_gradients: True: this optimizer averages the gradients over the ranks; do not wrap the model in

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from sharded_adamax.kernels import compiled, eager, foreach
+from sharded_adamax.kernels import compiled, cuda, eager, foreach
 from sharded_adamax.kernels.chunked import in_chunks
 from sharded_adamax.kernels.contract import Hyper, Kernel, longest_merged_gap, refuse_flags
 from sharded_adamax.kernels.notices import say_once
@@ -37,8 +37,10 @@ def choose(use_foreach: bool | None, device: torch.device, *, fused: bool = Fals
     """
     if fused and device.type == "cpu":
         return compiled.update_
+    if fused and device.type == "cuda" and cuda.is_available():
+        return cuda.update_
     if fused:
-        say_once(f"has no one-pass kernel for {device.type}")
+        say_once("needs Triton: pip install triton" if device.type == "cuda" else f"has no kernel for {device.type}")
     if device.type == "cpu":
         if use_foreach is None:
             return _EAGER_IN_CHUNKS

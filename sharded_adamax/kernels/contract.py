@@ -59,7 +59,7 @@ def longest_merged_gap(dtype: torch.dtype, eps: float) -> int:
     """
     if not is_cuttable(dtype):
         return -1
-    # Less than ALIGNMENT_NUMEL of layout.py: in 64 elements or more another parameter could lie.
+    # Less than ALIGNMENT_NUMEL of layout.py: in a gap of 64 elements or more another parameter could lie.
     return 63 if eps >= torch.finfo(dtype).tiny else 0
 
 
