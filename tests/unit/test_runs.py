@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.buckets import Bucket, Precision, Run
@@ -98,3 +100,30 @@ def test_padding_stays_zeros_and_parameters_have_the_bits_of_torch(flags: dict[s
             flat = getattr(bucket, name)
             assert flat is None or flat[padding].eq(0).all(), name
         assert bucket.exp_inf[padding].isfinite().all()
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operations of an update that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_foreach", [None, True, False])
+def test_the_update_of_many_parameters_is_as_many_calls_as_that_of_one(use_foreach: bool | None) -> None:
+    counts = []
+    for num_params in (1, 300):
+        params = [torch.nn.Parameter(torch.ones(30_000 // num_params)) for _ in range(num_params)]
+        optimizer = ShardedAdamax(params, foreach=use_foreach)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with _Calls() as calls:
+            optimizer.step()
+        counts.append({name: calls.counts[name] for name in ("lerp_", "addcdiv_", "_foreach_lerp_", "mul_")})
+    assert counts[0] == counts[1]
+    assert counts[0]["lerp_"] + counts[0]["_foreach_lerp_"] == 1
