@@ -33,12 +33,10 @@ def process_group_of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh |
     return mesh.get_group()
 
 
-def refuse_unsupported(*, fused: bool | None, state_format: str) -> None:
+def refuse_unsupported(*, state_format: str) -> None:
     """Raise NotImplementedError naming the first argument whose capability does not exist yet."""
-    given = {"fused": (fused, (None, False)), "state_format": (state_format, ("full",))}
-    for name, (value, supported) in given.items():
-        if value not in supported:
-            raise NotImplementedError(f"{name}={value!r} is not implemented yet: expected {supported[0]!r}")
+    if state_format != "full":
+        raise NotImplementedError(f"state_format={state_format!r} is not implemented yet: expected 'full'")
 
 
 def checked_settings(
@@ -48,6 +46,7 @@ def checked_settings(
     reduce_dtype: torch.dtype | None,
     master_dtype: torch.dtype | None,
     skip_nonfinite: bool,
+    fused: bool | None,
 ) -> Settings:
     """Return the settings of the whole optimizer.
 
@@ -74,13 +73,19 @@ def checked_settings(
         bucket_bytes=int(bucket_mib * 2**20),
         skip_nonfinite=skip_nonfinite,
         precision=Precision(reduce_dtype, master_dtype),
+        fused=bool(fused),
     )
 
 
-def check_groups(groups: Sequence[ParamGroup], first_group: int, reduce_dtype: torch.dtype | None) -> None:
+def check_groups(
+    groups: Sequence[ParamGroup], first_group: int, reduce_dtype: torch.dtype | None, *, fused: bool = False
+) -> None:
     """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
     for group in groups[first_group:]:
         refuse_flags(group)
+        if fused and group["foreach"]:
+            # The words of torch's optimizers that have both, Adam for one.
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     members = members_of(groups, 0)
     for member in members:
         param = member.param

@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose
+from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -56,6 +56,7 @@ class Settings:
     bucket_bytes: int
     skip_nonfinite: bool
     precision: Precision
+    fused: bool  # a wish, of this rank: the numbers do not depend on it
 
 
 class Engine:
@@ -103,6 +104,13 @@ class Engine:
                 for key, flat in sharded_state(bucket).items():
                     local = part(flat, piece.in_shard)
                     state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
+
+    def prepare_kernels(self, groups: list[ParamGroup]) -> None:
+        """Compile what ``fused=True`` needs, so that the first step does not have to. Local."""
+        if self.settings.fused:
+            for bucket in self.buckets:
+                for index in sorted({self.members[piece.param].group_index for piece in bucket.pieces}):
+                    prepare(bucket.exp_avg.dtype, bucket.exp_avg.device, Hyper.of(groups[index]))
 
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
@@ -273,22 +281,24 @@ class Engine:
             return
         bucket.refresh_master()
         bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
-        steps = bucket.steps.tolist()
         by_group: dict[int, list[int]] = {}
-        for slot, piece in enumerate(bucket.pieces):
-            if used[slot] and piece.in_shard.numel:
+        for slot, (piece, is_used) in enumerate(zip(bucket.pieces, used, strict=True)):
+            if is_used:
                 by_group.setdefault(self.members[piece.param].group_index, []).append(slot)
         with torch.profiler.record_function(f"sharded_adamax::update bucket {index}"):
             for group_index, slots in by_group.items():
-                parts = [bucket.pieces[slot].in_shard for slot in slots]
-                update_ = choose(groups[group_index]["foreach"], gradient.device)
+                hyper = hypers[group_index]
+                runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
+                if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
+                    continue
+                update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
                 update_(
-                    [part(bucket.target, elements) for elements in parts],
-                    [part(gradient, elements) for elements in parts],
-                    [part(bucket.exp_avg, elements) for elements in parts],
-                    [part(bucket.exp_inf, elements) for elements in parts],
-                    [steps[slot] for slot in slots],
-                    hypers[group_index],
+                    [part(bucket.target, run.in_shard) for run in runs],
+                    [part(gradient, run.in_shard) for run in runs],
+                    [part(bucket.exp_avg, run.in_shard) for run in runs],
+                    [part(bucket.exp_inf, run.in_shard) for run in runs],
+                    [run.step for run in runs],
+                    hyper,
                 )
             bucket.round_master()
         self.gathering.launch(index, bucket)

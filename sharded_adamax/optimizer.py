@@ -51,11 +51,13 @@ class ShardedAdamax(torch.optim.Adamax):
     Args:
         params: Tensors, ``(name, tensor)`` pairs or group dicts. Names make errors readable.
         lr, betas, eps, weight_decay, foreach, maximize: As in torch.optim.Adamax. ``foreach=None`` is the plain loop
-            on the CPU and
-            foreach on CUDA, as there.
+            on the CPU (in chunks that stay in the cache; the same bits) and foreach on CUDA, as there.
         differentiable: Refused: autograd cannot follow the update through a reduce-scatter.
         capturable: Only False so far.
-        fused: Only None and False so far.
+        fused: True updates in one pass over memory: on the CPU compiled by torch's Inductor when the optimizer is
+            built (seconds; needs a C++ compiler) and used only if its bits are those of the plain loop; on CUDA by
+            Triton (never run on a GPU so far). Where there is no such kernel the update runs as without it, and a
+            warning says so. Not together with ``foreach=True``.
         process_group: The ranks that share the state. Default: all. Not initialised: a world of one.
         mesh: A 1-D DeviceMesh instead of ``process_group``.
         reduce_gradients: True: this optimizer averages the gradients over the ranks; do not wrap the model in
@@ -114,13 +116,14 @@ class ShardedAdamax(torch.optim.Adamax):
         control = control_plane(process_group)
 
         def build() -> None:
-            arguments.refuse_unsupported(fused=fused, state_format=state_format)
+            arguments.refuse_unsupported(state_format=state_format)
             settings = arguments.checked_settings(
                 reduce_gradients=reduce_gradients,
                 bucket_mib=bucket_mib,
                 reduce_dtype=reduce_dtype,
                 master_dtype=master_dtype,
                 skip_nonfinite=skip_nonfinite,
+                fused=fused,
             )
             # torch's own constructor: its checks, its messages, its defaults.
             super(ShardedAdamax, self).__init__(
@@ -134,7 +137,7 @@ class ShardedAdamax(torch.optim.Adamax):
                 differentiable=differentiable,
                 capturable=capturable,
             )
-            arguments.check_groups(self.param_groups, 0, reduce_dtype)
+            arguments.check_groups(self.param_groups, 0, reduce_dtype, fused=settings.fused)
             device = arguments.common_device(self.param_groups)
             self._engine = Engine(control, data_plane(process_group, device), settings)
 
@@ -160,6 +163,7 @@ class ShardedAdamax(torch.optim.Adamax):
         )
         engine.frozen += [m for m in members if not m.param.requires_grad]
         engine.extend([m for m in members if m.param.requires_grad], self.state)
+        engine.prepare_kernels(self.param_groups)
 
     def _get_engine(self) -> Engine:
         if self._engine is None:
@@ -189,7 +193,10 @@ class ShardedAdamax(torch.optim.Adamax):
 
         def add() -> None:
             super(ShardedAdamax, self).add_param_group(param_group)
-            arguments.check_groups(self.param_groups, first_group, engine.settings.precision.reduce_dtype)
+            settings = engine.settings
+            arguments.check_groups(
+                self.param_groups, first_group, settings.precision.reduce_dtype, fused=settings.fused
+            )
             arguments.common_device(self.param_groups)
 
         try:

@@ -30,17 +30,38 @@ class Hyper(NamedTuple):
 
 
 class Kernel(Protocol):
-    """See [Note: kernel]."""
+    """See [Note: kernel]. The lists have at least one tensor."""
 
     def __call__(
         self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_infs: list[Tensor],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_infs: Sequence[Tensor],
         steps: Sequence[float],
         hyper: Hyper,
     ) -> None: ...
+
+
+def is_cuttable(dtype: torch.dtype) -> bool:
+    """Return whether an update has the same bits on a tensor and on any cut of it, with any kernel here."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def longest_merged_gap(dtype: torch.dtype, eps: float) -> int:
+    """Return over how many elements of padding neighbours may be updated as one tensor; -1: they may not be merged.
+
+    Padding is zeros in all four operands, and stays so: m = 0, u = eps, p = 0 - step_size * 0 / eps. With an eps that
+    is zero in ``dtype``, or loses digits in it, that could be 0 / 0: neighbours are then merged only where nothing is
+    between them. (A NaN in padding would be read by nobody, but a promise that has no exception is easier to keep.)
+
+    A gradient that is not finite times a clip factor of 0 is the one way to a NaN there, when the parameters
+    themselves are NaN.
+    """
+    if not is_cuttable(dtype):
+        return -1
+    # Less than ALIGNMENT_NUMEL of layout.py: in a gap of 64 elements or more another parameter could lie.
+    return 63 if eps >= torch.finfo(dtype).tiny else 0
 
 
 def as_real(tensor: Tensor) -> Tensor:

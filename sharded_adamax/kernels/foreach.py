@@ -14,10 +14,10 @@ from sharded_adamax.kernels.contract import Hyper, as_real
 
 
 def update_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_infs: list[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_infs: Sequence[Tensor],
     steps: Sequence[float],
     hyper: Hyper,
 ) -> None:

@@ -147,7 +147,7 @@ def test_duplicates_in_a_group_warn_in_torchs_words() -> None:
 def test_a_refused_construction_leaves_the_parameters_alone() -> None:
     model = nn.Linear(3, 2)
     addresses = [param.data_ptr() for param in model.parameters()]
-    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"fused": True}, {"bucket_mib": 0}]
+    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"capturable": True}, {"bucket_mib": 0}]
     for bad in refused:
         assert _outcome(partial(ShardedAdamax, model.parameters(), **bad)) != NOTHING_RAISED
     assert [param.data_ptr() for param in model.parameters()] == addresses
@@ -164,8 +164,19 @@ def test_differentiable_is_refused_with_the_reason() -> None:
         ShardedAdamax([{"params": [_param(3)], "differentiable": True}])
 
 
+def test_fused_and_foreach_together_are_refused_in_torchs_words() -> None:
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.optim.Adam([_param(3)], fused=True, foreach=True)
+    with pytest.raises(RuntimeError) as ours:
+        ShardedAdamax([_param(3)], fused=True, foreach=True)
+    assert str(ours.value) == str(of_torch.value)
+    optimizer = ShardedAdamax([_param(3)], fused=True)
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        optimizer.add_param_group({"params": [_param(3)], "foreach": True})
+    assert len(optimizer.param_groups) == 1
+
+
 NOT_YET: dict[str, Any] = {
-    "fused": True,
     "capturable": True,
     "state_format": "compact",
 }

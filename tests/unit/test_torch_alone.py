@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py"):
+for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "triton"):
     sys.modules[name] = None  # an import of it raises
 import torch
 from sharded_adamax import CheckpointManager, ShardedAdamax, load, save

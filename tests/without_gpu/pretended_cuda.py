@@ -82,7 +82,7 @@ class Job:
         self.engine = Engine(
             ControlPlane(None),  # the votes are on the host and of this rank alone
             ProcessGroup(dist.group.WORLD),
-            Settings(reduce_gradients, 2048, skip_nonfinite, precision),
+            Settings(reduce_gradients, 2048, skip_nonfinite, precision, fused=False),
         )
         self.state: dict[Tensor, Any] = {}
         self.engine.extend([Member(p, name, 0) for name, p in self.model.named_parameters()], self.state)

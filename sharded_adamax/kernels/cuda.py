@@ -1,0 +1,100 @@
+"""One launch and one pass on a GPU: the kernel of triton_source.py, started on the runs of a shard.
+
+Written without a GPU. What is known of it is what its compiled code says and does when it is executed on the CPU:
+tests/ptx. See docs/design/kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_adamax.kernels import foreach
+from sharded_adamax.kernels.contract import Hyper
+from sharded_adamax.kernels.notices import say_once
+
+BLOCK = 1024  # elements per program: eight per thread, two 128-bit accesses of each operand
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@cache
+def is_available() -> bool:
+    """Return whether Triton can be imported. It is an extra: importing this module does not need it."""
+    try:
+        import sharded_adamax.kernels.triton_source  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_infs: Sequence[Tensor],
+    steps: Sequence[float],
+    hyper: Hyper,
+) -> None:
+    """Update each tensor in one launch; other dtypes than float32 go to foreach. See [Note: kernel]."""
+    if params[0].dtype != torch.float32:
+        say_once(f"has no one-pass kernel for {params[0].dtype} on CUDA")
+        foreach.update_(params, grads, exp_avgs, exp_infs, steps, hyper)
+        return
+    for param, grad, exp_avg, exp_inf, step in zip(params, grads, exp_avgs, exp_infs, steps, strict=True):
+        launch_(param, grad, exp_avg, exp_inf, step=step, hyper=hyper)
+
+
+def launch_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_inf: Tensor,
+    *,
+    step: float,
+    hyper: Hyper,
+    rounded: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Update one tensor. ``grad`` is read only.
+
+    Args:
+        param, exp_avg, exp_inf: float32, 1-D, modified in place. Fastest where they start at multiples of 16 bytes and
+            have a multiple of 16 elements, as the runs of a bucket do.
+        grad: float32, bfloat16 or float16.
+        step: The update that is being made; the first is 1.
+        rounded: bfloat16 or float16: also gets the new parameters, rounded.
+        grad_scale: float32, 0-d, on the device: a clip factor or an inverse loss scale. Gradients are multiplied by it
+            before anything else; the host does not wait for its value.
+    """
+    import triton
+
+    from sharded_adamax.kernels import triton_source
+
+    numel = param.numel()
+    # The host numbers are computed in double and rounded once, as torch does before it launches its own kernels.
+    neg_step_size = -(float(hyper.lr) / (1 - hyper.beta1**step))
+    with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
+        triton_source.adamax[(triton.cdiv(numel, BLOCK),)](
+            param,
+            grad,
+            exp_avg,
+            exp_inf,
+            rounded,
+            grad_scale,
+            numel,
+            neg_step_size,
+            1 - hyper.beta1,
+            hyper.beta2,
+            hyper.eps,
+            hyper.weight_decay,
+            decays=hyper.weight_decay != 0,
+            maximize=hyper.maximize,
+            near=1 - hyper.beta1 < 0.5,
+            cuda_order=True,
+            block=BLOCK,
+            **OPTIONS,
+        )
