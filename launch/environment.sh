@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, with the name of an extra of pyproject.toml, by the scripts beside it:
 #
 #     source launch/environment.sh demo
@@ -7,7 +8,7 @@
 # Where nothing has changed since the last time, it installs nothing.
 
 extra="$1"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 
 # An empty TORCH_LOGS makes `import torch` 2.13 fail.
 if [[ -z "${TORCH_LOGS:-}" ]]; then

@@ -28,6 +28,7 @@ HELD_STYLES = (
     ("gradients (peak)", "#dd8452"),
     ("optimizer state (exp_avg, exp_inf)", "#55a868"),
     ("buckets in flight (peak)", "#b0b0b0"),
+    ("masters", "#8172b3"),
 )
 
 
@@ -102,7 +103,7 @@ def draw_memory(lives: list[Life], path: Path) -> Path:
         if life.held
     ]
     p = 4 * lives[0].num_parameters
-    unsharded = Held(parameters=p, gradient_shards_peak=p, state=2 * p, buckets_peak=0)
+    unsharded = Held(parameters=p, gradient_shards_peak=p, state=2 * p, buckets_peak=0, masters=0)
     bars.append(("DDP + torch.optim.Adamax\nany number of ranks\ncomputed: 4P + 4P + 8P", unsharded))
     for x, (_, held) in enumerate(bars):
         draw_held(axes, x, held, hatch="//" if held is unsharded else "")
@@ -110,7 +111,11 @@ def draw_memory(lives: list[Life], path: Path) -> Path:
     axes.set_ylabel("MiB on the fullest rank of the life")
     axes.set_title(f"Memory per rank for P = {lives[0].num_parameters:,} fp32 parameters, without activations")
     axes.margins(y=0.15)  # room for the legend
-    handles = [Patch(color=colour, label=label) for label, colour in HELD_STYLES]
+    handles = [
+        Patch(color=colour, label=label)
+        for kind, (label, colour) in enumerate(HELD_STYLES)
+        if any(held[kind] for _, held in bars)
+    ]
     axes.legend(handles=handles, frameon=False, loc="upper center", ncols=len(handles))
     axes.set_xlabel(
         "The two peaks need not fall together: the total is an upper bound of what a rank held at one time.",

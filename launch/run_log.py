@@ -35,6 +35,7 @@ class Held(NamedTuple):
     gradient_shards_peak: int
     state: int
     buckets_peak: int
+    masters: int
 
     @property
     def total(self) -> int:

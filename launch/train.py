@@ -5,8 +5,11 @@ One program for every launcher and every number of ranks:
     python launch/train.py --out run
     torchrun --standalone --nproc-per-node=2 launch/train.py --out run
     torchrun --standalone --nproc-per-node=3 launch/train.py --out run --resume
+    mpirun -n 2 python launch/train.py --out run --backend mpi
+    srun -n 2 python launch/train.py --out run
 
 A run can go on at any number of ranks. On the CPU, with as many ranks and threads as before, it goes on bit for bit.
+README.md beside this file says which launcher to take, and what each does when a rank dies.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -49,6 +53,12 @@ class Options:
     heads: int
     table_rows: int
     threads: int | None
+    backend: str | None
+    timeout: float | None
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done, on any rank; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,10 @@ def train(options: Options, context: DistributedContext) -> None:
     )
     for step in bar:
         began = time.perf_counter()
-        loss = train_one_step(training, my_part_of_batch(text, step, options, context))
+        windows = my_part_of_batch(text, step, options, context)
+        # Where the ranks cannot share the batch evenly, the mean over ranks would count a row of a small part more.
+        share = len(windows) * context.world_size / options.batch
+        loss = train_one_step(training, windows, share)
         mean_loss = mean_over_ranks(loss, context)
         seconds = time.perf_counter() - began
 
@@ -115,9 +128,13 @@ def build(options: Options, context: DistributedContext) -> Training:
     return Training(model, optimizer, scheduler)
 
 
-def train_one_step(training: Training, windows: Tensor) -> Tensor:
-    """Run forward, backward and update; returns the loss of this rank's part."""
-    loss: Tensor = training.model(windows[:, :-1], windows[:, 1:])
+def train_one_step(training: Training, windows: Tensor, share: float) -> Tensor:
+    """Run forward, backward and update; returns this rank's part of the mean loss over ranks.
+
+    Args:
+        share: Rows of this rank over the mean rows of a rank: 1.0, which changes no bit, where all have as many.
+    """
+    loss: Tensor = training.model(windows[:, :-1], windows[:, 1:]) * share
     loss.backward()  # type: ignore[no-untyped-call]
     training.optimizer.step()
     training.scheduler.step()
@@ -126,13 +143,13 @@ def train_one_step(training: Training, windows: Tensor) -> Tensor:
 
 
 def my_part_of_batch(text: Text, step: int, options: Options, context: DistributedContext) -> Tensor:
-    """Take this rank's rows of the global batch: (batch / world size, context + 1)."""
+    """Take this rank's rows of the global batch: (batch / world size, rounded up or down, context + 1)."""
     windows = sample_windows(text.data, step=step, seed=options.seed, batch=options.batch, context=options.context)
-    return windows.chunk(context.world_size)[context.rank].to(context.device)
+    return windows.tensor_split(context.world_size)[context.rank].to(context.device)
 
 
 def mean_over_ranks(loss: Tensor, context: DistributedContext) -> float:
-    """Average a scalar over all ranks; their parts of the batch are of equal size."""
+    """Average a scalar over all ranks."""
     if context.world_size > 1:
         dist.all_reduce(loss)
     return loss.item() / context.world_size
@@ -150,7 +167,7 @@ def open_checkpoints(options: Options) -> CheckpointManager:
         options.out / "checkpoints", keep_last=options.keep_checkpoints, async_save=options.async_save
     )
     if manager.steps() and not options.resume:
-        raise SystemExit(
+        raise RefusedError(
             f"expected no checkpoints in {manager.root}, got {len(manager.steps())}; "
             "pass --resume to go on from the newest, or another --out"
         )
@@ -170,7 +187,7 @@ def resume(checkpoints: CheckpointManager, training: Training, text: Text) -> in
         return 0
     step, extra = restored
     if extra["text_sha256"] != text.sha256:
-        raise SystemExit(
+        raise RefusedError(
             f"expected the text that {checkpoints.root} was trained on (sha256 {extra['text_sha256']}), "
             f"got {text.sha256}; resume with the same Python version"
         )
@@ -212,13 +229,13 @@ def say(context: DistributedContext, message: str) -> None:
 
 def check_options(options: Options, world_size: int) -> None:
     """Refuse what cannot work before anything is built, on every rank alike."""
-    if options.batch % world_size:
-        raise SystemExit(
-            f"expected --batch to be a multiple of the world size, got --batch {options.batch} for "
-            f"{world_size} ranks; try --batch {math.ceil(options.batch / world_size) * world_size}"
+    if options.batch < world_size:
+        raise RefusedError(
+            f"expected --batch to be at least the world size, got --batch {options.batch} for "
+            f"{world_size} ranks; try --batch {world_size}"
         )
     if options.width % options.heads:
-        raise SystemExit(
+        raise RefusedError(
             f"expected --width to be a multiple of --heads, got --width {options.width} for "
             f"{options.heads} heads; change one of them"
         )
@@ -230,6 +247,14 @@ def positive(value: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
+
+
+def positive_seconds(value: str) -> float:
+    """Parse a time of more than nothing."""
+    seconds = float(value)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0 seconds, got {value}")
+    return seconds
 
 
 def parse_options() -> Options:
@@ -255,20 +280,24 @@ def parse_options() -> Options:
     add("--heads", type=positive, default=4, help="attention heads")
     add("--table-rows", type=positive, default=16384, help="rows of each n-gram table")
     add("--threads", type=positive, default=None, help="CPU threads per rank; None: what torch chooses")
+    add("--backend", default=None, help="how tensors travel: gloo, nccl, or mpi under mpirun; None: by the device")
+    add("--timeout", type=positive_seconds, default=None, help="seconds to wait for other ranks; None: 30 minutes")
     return Options(**vars(parser.parse_args()))
 
 
+# torchrun sums up a failed job at its end. With the traceback that `record` leaves it can name the error of the rank
+# that failed first; what the other ranks then say of lost connections scrolls by above.
+@record
 def main() -> None:
     """Run the program on this rank."""
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    context = init_distributed()
-    try:
-        train(options, context)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    context = init_distributed(options.backend, timeout_s=options.timeout)
+    train(options, context)
+    # Only here: a rank that failed must end at once, and taking a group down may wait for the others.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sharded_adamax.layout import ALIGNMENT_NUMEL, BucketLayout, Piece, dense_strides
-from sharded_adamax.ranges import dim_order, round_up
+from sharded_adamax.ranges import Range, dim_order, round_up
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -44,6 +44,11 @@ class Precision:
         return self.master_dtype if self.master_dtype and param_dtype in LOW_PRECISION else param_dtype
 
 
+def part(flat: Tensor, elements: Range) -> Tensor:
+    """Return some elements of a flat tensor, as a view."""
+    return flat.narrow(0, elements.start, elements.numel)
+
+
 class Identity(NamedTuple):
     """What must stay as it is for a parameter to be the view that the bucket knows."""
 
@@ -59,7 +64,7 @@ class Identity(NamedTuple):
 class Run(NamedTuple):
     """Neighbouring pieces of one shard that are updated as one tensor."""
 
-    in_shard: slice
+    in_shard: Range
     step: float  # of all of them
 
 
@@ -82,9 +87,8 @@ class Bucket:
         self.params = list(params)
         self.pieces = layout.pieces(rank)
         self.wire_dtype = precision.on_wire(layout.dtype)
-        device = self.params[0].device
-        self.flat_param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
-        self.param_shard = self.flat_param.narrow(0, layout.shard(rank).start, layout.shard_numel)
+        self.flat_param = self.params[0].detach().new_zeros(layout.numel)
+        self.param_shard = part(self.flat_param, layout.shard(rank))
         update_dtype = precision.of_update(layout.dtype)
         self.exp_avg = torch.zeros_like(self.param_shard, dtype=update_dtype)
         self.exp_inf = torch.zeros_like(self.param_shard, dtype=update_dtype)
@@ -100,7 +104,7 @@ class Bucket:
         # One at a time: the old tensor is freed as soon as its values are in the bucket.
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             view = self.flat_param.as_strided(param.shape, dense_strides(param), slot.start)
-            view.copy_(param.data)
+            view.copy_(param.detach())
             param.data = view
 
     def runs(self, slots: Sequence[int], longest_gap: int) -> list[Run]:
@@ -124,11 +128,11 @@ class Bucket:
                 continue
             if step != steps[slot] or piece.start - stop > longest_gap:
                 if step is not None:
-                    found.append(Run(slice(start, stop), step))
+                    found.append(Run(Range(start, stop), step))
                 start, step = piece.start, steps[slot]
             stop = round_up(piece.stop, ALIGNMENT_NUMEL) if longest_gap > 0 else piece.stop
         if step is not None:
-            found.append(Run(slice(start, stop), step))
+            found.append(Run(Range(start, stop), step))
         return found
 
     @property
@@ -146,8 +150,8 @@ class Bucket:
         for index, (param, piece) in enumerate(zip(self.params, self.pieces, strict=True)):
             if param._version != self._versions[index]:
                 self._versions[index] = param._version
-                part = written[piece.in_shard.as_slice()]
-                part |= part.any()
+                of_param = part(written, piece.in_shard)
+                of_param |= of_param.any()
         self.master.copy_(torch.where(written, self.param_shard, self.master))
 
     def note_versions(self) -> None:
@@ -184,12 +188,12 @@ class Bucket:
             gradient = param.grad
             if gradient is None or gradient.is_sparse or gradient.shape != identity.shape:
                 continue
-            buffer[written : slot.start].zero_()
+            part(buffer, Range(written, slot.start)).zero_()
             views.append(buffer.as_strided(identity.shape, identity.stride, slot.start))
             gradients.append(gradient.detach())
             written = slot.in_bucket.stop
             param.grad = None
-        buffer[written:].zero_()
+        part(buffer, Range(written, self.layout.numel)).zero_()
         if views:
             torch._foreach_copy_(views, gradients)
         return buffer
@@ -218,5 +222,5 @@ class Bucket:
             if has_gradient and piece.in_param.numel:
                 assert param.grad is not None
                 in_memory = param.grad.permute(dim_order(param.stride())).reshape(-1)
-                shard[piece.in_shard.as_slice()].copy_(in_memory[piece.in_param.as_slice()])
+                part(shard, piece.in_shard).copy_(part(in_memory, piece.in_param))
         return shard

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_adamax.buckets import Bucket
+from sharded_adamax.buckets import Bucket, part
 from sharded_adamax.collectives import Group
 
 
@@ -44,10 +44,10 @@ def total_norm(
                 continue
             dtypes.append(shard.dtype.to_real())
             if piece.in_shard.numel == 0:
-                powers.append(torch.full((), nothing, dtype=torch.float64, device=shard.device))
+                powers.append(shard.new_full((), nothing, dtype=torch.float64))
                 continue
             wide = torch.complex128 if shard.is_complex() else torch.float64
-            norm = torch.linalg.vector_norm(shard[piece.in_shard.as_slice()], norm_type, dtype=wide)
+            norm = torch.linalg.vector_norm(part(shard, piece.in_shard), norm_type, dtype=wide)
             powers.append(norm if math.isinf(norm_type) or norm_type == 0 else norm**norm_type)
     combined = torch.stack(powers)
     group.all_reduce(combined, "max" if norm_type == math.inf else "min" if norm_type == -math.inf else "sum")

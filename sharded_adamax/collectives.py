@@ -2,8 +2,9 @@
 
 [Note: data plane and control plane]  Gradients and parameters travel on the *data plane*: the process group of the
 parameters' device (NCCL on CUDA, gloo on the CPU). What ranks must agree on travels on the *control plane*: a CPU
-group, so that a decision taken on the host never waits for a device. Where the process group carries CPU tensors it
-serves as both; otherwise a gloo group over the same ranks is made beside it.
+group, so that a decision taken on the host never waits for a device. A gloo group serves as both. Beside any other, a
+CPU group over the same ranks is made: the two planes are not in the same order on all ranks (a rank without a gradient
+launches its bucket after the vote), and only gloo matches collectives by kind and not by their order.
 
 [Note: why gloo does not get its own reduce-scatter]  gloo's reduce-scatter is an all-reduce and a slice, twice the
 traffic, and its broadcasts and all_to_all leave one direction of a full-duplex link idle. Point-to-point messages of
@@ -25,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending
-from sharded_adamax.ranges import Range
 
 T = TypeVar("T")
 
@@ -185,7 +185,8 @@ class ProcessGroup(Group):
         return Native(self.rank, work, shard, keep_alive=bucket)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
-        shard = bucket[_shard_of(bucket, self.rank, self.size).as_slice()]
+        shard_numel = bucket.numel() // self.size
+        shard = bucket.narrow(0, self.rank * shard_numel, shard_numel)
         self.traffic.record("all_gather", shard.nbytes * (self.size - 1))
         # In place: the output's own shard is the input. The parameters outlive the call, so nothing is kept alive here.
         work = _all_gather_single(_as_real(bucket), _as_real(shard), group=self._process_group, async_op=True)
@@ -274,12 +275,7 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
 
 
-def _shard_of(bucket: Tensor, rank: int, size: int) -> Range:
-    shard_numel = bucket.numel() // size
-    return Range(rank * shard_numel, (rank + 1) * shard_numel)
-
-
-# The CPU groups made beside groups that carry no CPU tensors: one for each, however often it is asked for.
+# The CPU groups made beside groups of other backends than gloo: one for each, however often it is asked for.
 _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
@@ -294,11 +290,14 @@ def control_plane(process_group: dist.ProcessGroup | None) -> ControlPlane:
         ValueError: This rank is not in ``process_group``, or torch.distributed is not initialised.
     """
     group = _resolve(process_group)
-    if group is None or _backend_name(group, torch.device("cpu")) is not None:
+    backend = None if group is None else _backend_name(group, torch.device("cpu"))
+    if group is None or backend == "gloo":
         return ControlPlane(group)
     if group not in _cpu_groups:
         ranks = dist.get_process_group_ranks(group)
-        cpu_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="sharded_adamax")
+        cpu_group = dist.new_group(
+            ranks, backend=backend or "gloo", use_local_synchronization=True, group_desc="sharded_adamax"
+        )
         assert isinstance(cpu_group, dist.ProcessGroup)
         _cpu_groups[group] = cpu_group
     return ControlPlane(_cpu_groups[group])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sharded_adamax import clipping
 from sharded_adamax import layout as layouts
-from sharded_adamax.buckets import Bucket, Precision
+from sharded_adamax.buckets import Bucket, Precision, part
 from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
@@ -56,7 +56,7 @@ class Settings:
     bucket_bytes: int
     skip_nonfinite: bool
     precision: Precision
-    fused: bool  # a wish, of this rank: the numbers do not depend on it
+    fused: bool = False  # a wish, of this rank: the numbers do not depend on it
 
 
 class Engine:
@@ -102,8 +102,8 @@ class Engine:
                 spec = self.layout.specs[piece.param]
                 state[param] = {"step": bucket.steps[piece.slot]}
                 for key, flat in sharded_state(bucket).items():
-                    part = flat.narrow(0, piece.in_shard.start, piece.in_shard.numel)
-                    state[param][key] = FlatShard(part, spec.shape, piece.in_param, spec.dim_order)
+                    local = part(flat, piece.in_shard)
+                    state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
 
     def prepare_kernels(self, groups: list[ParamGroup]) -> None:
         """Compile what ``fused=True`` needs, so that the first step does not have to. Local."""
@@ -293,10 +293,10 @@ class Engine:
                     continue
                 update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
                 update_(
-                    [bucket.target[run.in_shard] for run in runs],
-                    [gradient[run.in_shard] for run in runs],
-                    [bucket.exp_avg[run.in_shard] for run in runs],
-                    [bucket.exp_inf[run.in_shard] for run in runs],
+                    [part(bucket.target, run.in_shard) for run in runs],
+                    [part(gradient, run.in_shard) for run in runs],
+                    [part(bucket.exp_avg, run.in_shard) for run in runs],
+                    [part(bucket.exp_inf, run.in_shard) for run in runs],
                     [run.step for run in runs],
                     hyper,
                 )

@@ -177,7 +177,7 @@ def _fingerprints(params: list[Tensor]) -> Tensor:
     sums = []
     for param in params:
         if param.grad is None or param.grad.is_sparse:
-            sums.append(torch.zeros((), dtype=torch.int64, device=param.device))
+            sums.append(param.detach().new_zeros((), dtype=torch.int64))
         else:
             gradient = param.grad.detach().resolve_conj().contiguous()
             gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient

@@ -41,7 +41,7 @@ class Guards:
         """Return whether to skip because of an Inf or NaN in the mean gradient of any rank's shard. Collective."""
         if not self.skip_nonfinite:
             return False
-        found = any(not bool(shard.isfinite().all()) for shard in shards)
+        found = bool(shards) and not bool(torch.stack([shard.isfinite().all() for shard in shards]).all())
         vote = agreement.start_vote(control, any_rank={"found": torch.tensor([found], dtype=torch.uint8)}, same={})
         return bool(vote.wait(f"the vote on Inf and NaN of step {step}").any_rank["found"].any())
 

@@ -23,8 +23,9 @@ class Hyper(NamedTuple):
     def of(cls, group: dict[str, Any]) -> Hyper:
         beta1, beta2 = group["betas"]
         lr = group["lr"]
-        # A 1-element tensor that is not 0-d would broadcast the arithmetic on it to one dimension.
-        lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+        # A 1-element tensor that is not 0-d would broadcast the arithmetic on it to one dimension. One on a device is
+        # read by the host in any case, as by torch: here once per step, and not once per bucket.
+        lr = lr.squeeze().cpu() if isinstance(lr, Tensor) else lr
         return cls(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 

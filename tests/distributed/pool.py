@@ -1,4 +1,4 @@
-"""Real gloo ranks for the tests: processes that are started once and run one function after another."""
+"""Real ranks for the tests, over gloo or MPI: processes that are started once and run one function after another."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 MAX_RANKS = 5
 
@@ -32,7 +31,8 @@ class RankFailed(AssertionError):
     """At least one rank raised or did not come back."""
 
 
-def _serve(connection: Connection) -> None:
+def serve(connection: Connection, backend: str) -> None:
+    """Run what comes over the connection, each in a process group of its own; ends when None comes."""
     import torch
     import torch.distributed as dist
 
@@ -46,7 +46,7 @@ def _serve(connection: Connection) -> None:
         try:
             torch.manual_seed(0)
             dist.init_process_group(
-                "gloo",
+                backend,
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world_size,
@@ -60,12 +60,25 @@ def _serve(connection: Connection) -> None:
         connection.send(result)
 
 
+class Worker(Protocol):
+    """A process of a pool; those of one mpirun live and die together."""
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    def is_alive(self) -> bool: ...
+
+    def join(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class Pool:
     """``run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks of a fresh process group."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._workers: list[tuple[Worker, Connection]] = []
         self._directory = tempfile.TemporaryDirectory()
         self._num_runs = 0
 
@@ -87,8 +100,7 @@ class Pool:
     ) -> list[Any]:
         """As `run`, but a rank that raises gives a Failure as its result."""
         assert world_size <= MAX_RANKS
-        while len(self._workers) < world_size:
-            self._start_worker()
+        self._start_workers(world_size)
         self._num_runs += 1
         store = Path(self._directory.name) / f"store{self._num_runs}"
         for rank in range(world_size):
@@ -98,10 +110,9 @@ class Pool:
         for rank in range(world_size):
             process, connection = self._workers[rank]
             if not connection.poll(max(0.0, deadline - time.monotonic())):
+                alive = process.is_alive()
                 self.close()
-                raise RankFailed(
-                    f"rank {rank} of {world_size} did not come back within {timeout_s} s (alive: {process.is_alive()})"
-                )
+                raise RankFailed(f"rank {rank} of {world_size} did not come back within {timeout_s} s (alive: {alive})")
             try:
                 results.append(connection.recv())
             except EOFError:
@@ -111,13 +122,14 @@ class Pool:
                 raise RankFailed(f"rank {rank} of {world_size} died with exit code {code}") from None
         return results
 
-    def _start_worker(self) -> None:
-        ours, theirs = self._context.Pipe()
+    def _start_workers(self, world_size: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        self._workers.append((process, ours))
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=serve, args=(theirs, "gloo"), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
 
     def close(self) -> None:
         for process, connection in self._workers:

@@ -200,3 +200,88 @@ def test_a_step_with_inf_or_nan_on_one_rank_is_skipped_by_all(
     ranks: Pool, world_size: int, reduce_gradients: bool
 ) -> None:
     ranks.run(world_size, _skip, reduce_gradients)
+
+
+def _skip_long_gradients(reduce_gradients: bool) -> list[float]:
+    """Every third gradient is 100 times as long as the others, and one is NaN."""
+    params, expected = make_params(torch.float64), make_params(torch.float64)
+    optimizer = ShardedAdamax(params, bucket_mib=0.01, reduce_gradients=reduce_gradients)
+    reference = torch.optim.Adamax(expected)
+    assert optimizer.grad_norm is None and optimizer.skip_grad_norm_above is None
+    limit, norms = 1e5, []
+    optimizer.skip_grad_norm_above = limit
+    for step in range(8):
+        means = mean_gradients(step, expected, dist.get_world_size())
+        scale = float("nan") if step == 4 else 1e3 if step % 3 == 2 else 1.0
+        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
+            mean = means[index]
+            assert mean is not None
+            other.grad = mean * scale
+            param.grad = gradient(step, dist.get_rank(), index, param) * scale if reduce_gradients else mean * scale
+        want = torch.nn.utils.get_total_norm([param.grad for param in expected if param.grad is not None])
+        if step == 6:
+            optimizer.clip_grad_norm_(1e-3)  # the limit is for the norm before clipping
+            torch.nn.utils.clip_grad_norm_(expected, 1e-3)
+        if step == 7:
+            optimizer.skip_grad_norm_above = None
+            optimizer.clip_grad_norm_(1e12)
+        optimizer.step()
+        if step == 7 or want <= limit:
+            reference.step()
+        optimizer.zero_grad()
+        assert optimizer.grad_norm is not None
+        torch.testing.assert_close(optimizer.grad_norm, want, rtol=1e-12, atol=0, equal_nan=True)
+        norms.append(optimizer.grad_norm.item())
+        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
+            if step < 6:
+                assert_same_bits(param, other, f"parameter {index} after step {step}")
+            else:  # a clip coefficient is as exact as the norm
+                torch.testing.assert_close(param, other, rtol=1e-9, atol=1e-12)
+    assert optimizer.skipped_steps == 3, "steps 2, 4 and 5"
+    assert optimizer.state[params[0]]["step"] == 5
+    for param, value in zip(params, means, strict=True):
+        param.grad = value
+    optimizer.step()
+    assert optimizer.grad_norm is None, "nothing computed it, and that of another step is not shown"
+    return norms
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("reduce_gradients", [True, False])
+def test_a_step_whose_gradient_is_too_long_is_skipped_by_all(
+    ranks: Pool, world_size: int, reduce_gradients: bool
+) -> None:
+    norms = ranks.run(world_size, _skip_long_gradients, reduce_gradients)
+    assert all(str(of_rank) == str(norms[0]) for of_rank in norms), "the same bits everywhere, NaN among them"
+
+
+def _norm_costs_nothing_twice() -> dict[str, int]:
+    params = make_params(torch.float32)
+    optimizer = ShardedAdamax(params, bucket_mib=0.01)
+    optimizer.skip_grad_norm_above = 1e9
+    backward(params, [gradient(0, dist.get_rank(), i, p) for i, p in enumerate(params)])
+    norm = optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is norm
+    return dict(optimizer._get_engine().group.traffic.calls)
+
+
+def test_the_norm_is_computed_once_for_clipping_skipping_and_reading(ranks: Pool) -> None:
+    for calls in ranks.run(2, _norm_costs_nothing_twice):
+        assert calls["all_reduce"] == 1
+
+
+def _limits_differ() -> str:
+    params = make_params(torch.float32)
+    optimizer = ShardedAdamax(params)
+    optimizer.skip_grad_norm_above = 1.0 + dist.get_rank()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_a_limit_that_differs_between_ranks_is_named(ranks: Pool) -> None:
+    for message in ranks.run(2, _limits_differ):
+        assert "rank 0 has skip_grad_norm_above=1.0; rank 1 has skip_grad_norm_above=2.0" in message

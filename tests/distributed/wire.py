@@ -6,15 +6,25 @@ import os
 import socket
 import struct
 
-# struct tcp_info of linux/tcp.h: tcpi_bytes_acked is the 64-bit field at offset 120.
+# struct tcp_info of linux/tcp.h: tcpi_bytes_acked and tcpi_bytes_received are the 64-bit fields at these offsets.
 _TCP_INFO_BYTES = 192
-_BYTES_ACKED = struct.Struct("=Q")
+_COUNTER = struct.Struct("=Q")
 _BYTES_ACKED_OFFSET = 120
+_BYTES_RECEIVED_OFFSET = 128
 
 
 def tcp_bytes_sent() -> dict[str, int]:
     """Return the payload bytes sent and acknowledged so far on each open TCP connection of this process."""
-    sent = {}
+    return _counters(_BYTES_ACKED_OFFSET)
+
+
+def tcp_bytes_received() -> dict[str, int]:
+    """Return the payload bytes received so far on each open TCP connection of this process."""
+    return _counters(_BYTES_RECEIVED_OFFSET)
+
+
+def _counters(offset: int) -> dict[str, int]:
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             inode = os.readlink(f"/proc/self/fd/{name}")
@@ -27,8 +37,8 @@ def tcp_bytes_sent() -> dict[str, int]:
             if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-            sent[inode] = _BYTES_ACKED.unpack_from(info, _BYTES_ACKED_OFFSET)[0]
-    return sent
+            found[inode] = _COUNTER.unpack_from(info, offset)[0]
+    return found
 
 
 def bytes_between(before: dict[str, int], after: dict[str, int]) -> int:

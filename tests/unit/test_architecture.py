@@ -36,12 +36,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agreement": {"collectives", "pending"},
     "members": set(),
     "buckets": {"layout", "ranges"},
-    "collectives": {"pending", "ranges"},
+    "collectives": {"pending"},
     "pending": set(),
     "kernels": set(),
     "layout": {"ranges"},
     "ranges": set(),
-    "bootstrap": set(),
+    "bootstrap": {"launchers", "mpi"},
+    "mpi": {"launchers"},
+    "launchers": set(),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "triton"):
+for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "triton", "mpi4py"):
     sys.modules[name] = None  # an import of it raises
 import torch
 from sharded_adamax import CheckpointManager, ShardedAdamax, load, save
