@@ -56,7 +56,7 @@ class Settings:
     bucket_bytes: int
     skip_nonfinite: bool
     precision: Precision
-    fused: bool  # a wish, of this rank: the numbers do not depend on it
+    fused: bool = False  # a wish, of this rank: the numbers do not depend on it
 
 
 class Engine:

@@ -13,6 +13,7 @@ from sharded_adamax import ShardedAdamax
 from sharded_adamax.buckets import Bucket, Precision, Run
 from sharded_adamax.kernels import longest_merged_gap
 from sharded_adamax.layout import ParamSpec, build
+from sharded_adamax.ranges import Range
 
 SHAPES = [(64,), (20,), (), (0,), (100,), (3, 64), (7, 11)]
 
@@ -25,31 +26,31 @@ def _bucket(*numels: int, world_size: int = 1, rank: int = 0) -> Bucket:
 
 def test_neighbours_at_the_same_step_are_one_run() -> None:
     bucket = _bucket(100, 20, 0, 70)
-    assert bucket.runs([0, 1, 2, 3], 63) == [Run(slice(0, 320), 0.0)]
+    assert bucket.runs([0, 1, 2, 3], 63) == [Run(Range(0, 320), 0.0)]
 
 
 def test_another_step_or_an_unused_parameter_ends_a_run() -> None:
     bucket = _bucket(100, 20, 64, 10, 64)  # start at 0, 128, 192, 256, 320
     bucket.steps[2] = 5
     assert bucket.runs([0, 1, 2, 3, 4], 63) == [
-        Run(slice(0, 192), 0.0),
-        Run(slice(192, 256), 5.0),
-        Run(slice(256, 384), 0.0),
+        Run(Range(0, 192), 0.0),
+        Run(Range(192, 256), 5.0),
+        Run(Range(256, 384), 0.0),
     ]
-    assert bucket.runs([0, 1, 2, 4], 63)[2:] == [Run(slice(320, 384), 0.0)]
+    assert bucket.runs([0, 1, 2, 4], 63)[2:] == [Run(Range(320, 384), 0.0)]
     # An unused one that fills its place: the gap is as small as it can be.
-    assert bucket.runs([1, 3], 63) == [Run(slice(128, 192), 0.0), Run(slice(256, 320), 0.0)]
+    assert bucket.runs([1, 3], 63) == [Run(Range(128, 192), 0.0), Run(Range(256, 320), 0.0)]
 
 
 def test_without_padding_to_cross_only_what_touches_is_merged_and_low_precision_never() -> None:
     bucket = _bucket(64, 64, 20, 64)
-    assert bucket.runs([0, 1, 2, 3], 0) == [Run(slice(0, 148), 0.0), Run(slice(192, 256), 0.0)]
+    assert bucket.runs([0, 1, 2, 3], 0) == [Run(Range(0, 148), 0.0), Run(Range(192, 256), 0.0)]
     assert len(bucket.runs([0, 1, 2, 3], -1)) == 4
 
 
 def test_what_other_ranks_own_is_in_no_run() -> None:
     bucket = _bucket(100, 20, 300, world_size=2, rank=1)  # the shard is [256, 512) of slots at 0, 128 and 192
-    assert bucket.runs([0, 1, 2], 63) == [Run(slice(0, 256), 0.0)]
+    assert bucket.runs([0, 1, 2], 63) == [Run(Range(0, 256), 0.0)]
     assert bucket.runs([0, 1], 63) == []
 
 
