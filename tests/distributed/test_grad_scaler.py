@@ -25,10 +25,13 @@ def _scaler(enabled: bool = True) -> GradScaler:
 
 
 def _loss(params: list[nn.Parameter], step: int, rank: int, *, overflow: bool) -> Tensor:
-    """A loss with the gradients of `gradient`; too large for float32 once scaled, where asked to overflow."""
+    """A loss with the gradients of `gradient`; too large for float32 once scaled, where asked to overflow.
+
+    It overflows in a parameter of 7 elements: the Inf is in the shard of one rank, and the others have to be told.
+    """
     terms = [(p * gradient(step, rank, i, p)).sum() for i, p in enumerate(params)]
     loss = torch.stack(terms).sum()
-    return loss + params[7].sum() * 1e38 if overflow else loss
+    return loss + params[2].sum() * 1e38 if overflow else loss
 
 
 def _mean_of_scaled(params: list[nn.Parameter], step: int, scale: float) -> list[Tensor]:
