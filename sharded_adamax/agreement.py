@@ -127,6 +127,11 @@ class Vote:
         return Outcome(any_rank, differs)
 
 
+def flags(values: Sequence[bool]) -> Tensor:
+    """Return them as bytes, for a ballot."""
+    return torch.tensor(values, dtype=torch.uint8)
+
+
 def start_vote(control: ControlPlane, *, any_rank: Mapping[str, Tensor], same: Mapping[str, Tensor]) -> Vote:
     """Start the vote of a step. Collective; every rank passes the same names and sizes. See [Note: ballot].
 

@@ -77,15 +77,14 @@ def checked_settings(
     )
 
 
-def check_groups(
-    groups: Sequence[ParamGroup], first_group: int, reduce_dtype: torch.dtype | None, *, fused: bool = False
-) -> None:
+def check_groups(groups: Sequence[ParamGroup], first_group: int, settings: Settings) -> None:
     """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
     for group in groups[first_group:]:
         refuse_flags(group)
-        if fused and group["foreach"]:
+        if settings.fused and group["foreach"]:
             # The words of torch's optimizers that have both, Adam for one.
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    reduce_dtype = settings.precision.reduce_dtype
     members = members_of(groups, 0)
     for member in members:
         param = member.param

@@ -156,7 +156,7 @@ class Bucket:
 
     def note_versions(self) -> None:
         """Take writes to the parameters up to now as this optimizer's own."""
-        self._versions = [param._version for param in self.params]
+        self._versions = [] if self.master is None else [param._version for param in self.params]
 
     def round_master(self) -> None:
         """Make the parameters of this shard what the master is, rounded to nearest, ties to even."""

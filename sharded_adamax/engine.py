@@ -206,7 +206,8 @@ class Engine:
         """Multiply all gradients by ``inv_scale``, for a GradScaler. Collective.
 
         Returns:
-            ``found_inf``, modified in place: 1 where any rank found Inf or NaN. None where no parameter has a gradient.
+            ``found_inf`` on the device of the gradients: 1 where any rank found Inf or NaN. None where no parameter has
+            a gradient.
 
         Raises:
             ValueError: The gradients are float16, in torch's words. With a master they are not.
@@ -220,10 +221,12 @@ class Engine:
             for bucket, slots in zip(self.buckets, used, strict=True)
         ):
             raise ValueError("Attempting to unscale FP16 gradients.")
-        self.source.unscale_(inv_scale, found_inf)
-        self.group.all_reduce(found_inf, "max")
+        device = self.buckets[0].flat_param.device
+        found = found_inf.to(device)
+        self.source.unscale_(inv_scale.to(device), found)
+        self.group.all_reduce(found, "max")
         self._norms.clear()
-        return found_inf
+        return found
 
     def discard(self, *, set_to_none: bool) -> None:
         """Forget the gradients since the last step. Collective where there are any."""
@@ -241,11 +244,12 @@ class Engine:
 
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
-        slots = [self.members[slot.param] for bucket in self.buckets for slot in bucket.layout.slots]
         # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
         problem = self._moved_problem()
         hypers = [*hyper_lines(groups), self.guards.line()]
-        vote = StepVote(self.control, self.source, hypers=hypers, slots=slots, frozen=self.frozen, problem=problem)
+        vote = StepVote(
+            self.control, self.source, hypers=hypers, frozen=self.frozen, names=self._names, problem=problem
+        )
         try:
             if not self.source.must_agree_first:
                 self.source.flush()
@@ -313,6 +317,11 @@ class Engine:
                     "Move and cast the model first, then build the optimizer; change values in place, with copy_"
                 )
         return None
+
+    def _names(self) -> list[str]:
+        """Return the names of all parameters, in the order of the slots and then of the frozen ones."""
+        slots = chain.from_iterable(bucket.layout.slots for bucket in self.buckets)
+        return [member.name for member in (*(self.members[slot.param] for slot in slots), *self.frozen)]
 
     def held_bytes(self) -> HeldBytes:
         peaks = self.source.peaks

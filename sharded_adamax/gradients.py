@@ -6,6 +6,7 @@ The other source, which reduces them itself while backward runs, is in reduction
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -17,9 +18,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
 
+SPARSE = "Adamax does not support sparse gradients"  # torch's own words
+
 # The hook that feeds each parameter's gradient to an optimizer. A parameter that is given to a new optimizer leaves the
 # old one: two hooks would fight for one gradient.
 hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def sparse_problem(params: Iterable[Tensor]) -> str | None:
+    """Return what is wrong with the gradients, if one is sparse."""
+    return SPARSE if any(param.grad is not None and param.grad.is_sparse for param in params) else None
 
 
 def unhook(param: Tensor) -> None:
@@ -140,8 +148,7 @@ class ReducedGradients(GradientSource):
     def view(self) -> LocalView:
         self._used = [[param.grad is not None for param in bucket.params] for bucket in self.buckets]
         params = list(chain.from_iterable(bucket.params for bucket in self.buckets))
-        sparse = any(param.grad is not None and param.grad.is_sparse for param in params)
-        problem = "Adamax does not support sparse gradients" if sparse else None
+        problem = sparse_problem(params)
         check = self._checks.due() and self.group.size > 1
         fingerprints = _fingerprints(params) if check else torch.zeros(0, dtype=torch.uint8)
         used = list(chain.from_iterable(self._used))

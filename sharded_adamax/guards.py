@@ -42,7 +42,7 @@ class Guards:
         if not self.skip_nonfinite:
             return False
         found = bool(shards) and not bool(torch.stack([shard.isfinite().all() for shard in shards]).all())
-        vote = agreement.start_vote(control, any_rank={"found": torch.tensor([found], dtype=torch.uint8)}, same={})
+        vote = agreement.start_vote(control, any_rank={"found": agreement.flags([found])}, same={})
         return bool(vote.wait(f"the vote on Inf and NaN of step {step}").any_rank["found"].any())
 
     def refuse_norm(self, norm: Tensor) -> bool:

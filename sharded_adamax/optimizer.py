@@ -115,16 +115,17 @@ class ShardedAdamax(torch.optim.Adamax):
         process_group = arguments.process_group_of(process_group, mesh)
         control = control_plane(process_group)
 
+        chosen: dict[str, Any] = {  # what the ranks have to agree on
+            "reduce_gradients": reduce_gradients,
+            "bucket_mib": bucket_mib,
+            "reduce_dtype": reduce_dtype,
+            "master_dtype": master_dtype,
+            "skip_nonfinite": skip_nonfinite,
+        }
+
         def build() -> None:
             arguments.refuse_unsupported(state_format=state_format)
-            settings = arguments.checked_settings(
-                reduce_gradients=reduce_gradients,
-                bucket_mib=bucket_mib,
-                reduce_dtype=reduce_dtype,
-                master_dtype=master_dtype,
-                skip_nonfinite=skip_nonfinite,
-                fused=fused,
-            )
+            settings = arguments.checked_settings(**chosen, fused=fused)
             # torch's own constructor: its checks, its messages, its defaults.
             super(ShardedAdamax, self).__init__(
                 params,
@@ -137,19 +138,12 @@ class ShardedAdamax(torch.optim.Adamax):
                 differentiable=differentiable,
                 capturable=capturable,
             )
-            arguments.check_groups(self.param_groups, 0, reduce_dtype, fused=settings.fused)
+            arguments.check_groups(self.param_groups, 0, settings)
             device = arguments.common_device(self.param_groups)
             self._engine = Engine(control, data_plane(process_group, device), settings)
 
         agreement.run_together(control, build, "building ShardedAdamax")
-        settings = {
-            "reduce_gradients": reduce_gradients,
-            "bucket_mib": bucket_mib,
-            "reduce_dtype": reduce_dtype,
-            "master_dtype": master_dtype,
-            "skip_nonfinite": skip_nonfinite,
-        }
-        self._adopt(first_group=0, settings=[f"{name}={value}" for name, value in settings.items()])
+        self._adopt(first_group=0, settings=[f"{name}={value}" for name, value in chosen.items()])
         teach_grad_scaler()
 
     def _adopt(self, first_group: int, settings: list[str]) -> None:
@@ -193,10 +187,7 @@ class ShardedAdamax(torch.optim.Adamax):
 
         def add() -> None:
             super(ShardedAdamax, self).add_param_group(param_group)
-            settings = engine.settings
-            arguments.check_groups(
-                self.param_groups, first_group, settings.precision.reduce_dtype, fused=settings.fused
-            )
+            arguments.check_groups(self.param_groups, first_group, engine.settings)
             arguments.common_device(self.param_groups)
 
         try:
@@ -310,11 +301,8 @@ class ShardedAdamax(torch.optim.Adamax):
         engine = self._get_engine()
         if not engine.settings.reduce_gradients:
             return None
-        device = arguments.common_device(self.param_groups)
-        found = engine.unscale_(
-            self.param_groups, self.state, inv_scale.to(device), found_inf.to(device), allow_fp16=allow_fp16
-        )
-        return {} if found is None else {device: found}
+        found = engine.unscale_(self.param_groups, self.state, inv_scale, found_inf, allow_fp16=allow_fp16)
+        return {} if found is None else {found.device: found}
 
     def overlap_forward(self, model: torch.nn.Module) -> None:
         """Await the all-gathers in the next forward. Not there yet."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
-from sharded_adamax.gradients import GradientSource, LocalView, hooks, unhook
+from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, hooks, unhook
 from sharded_adamax.pending import Pending
 
 MAX_IN_FLIGHT = 2
@@ -250,7 +250,7 @@ class BackwardReduction(GradientSource):
         """Return what is wrong with a gradient that is still in ``param.grad`` at the time of `step`."""
         assert param.grad is not None
         if param.grad.is_sparse:
-            return "Adamax does not support sparse gradients"  # torch's own words
+            return SPARSE
         if progress.launched and progress.fired[slot] <= 1:
             return (
                 f"rank {self.group.rank}: {name} got a new .grad after its gradient had been taken in backward. If "

@@ -6,7 +6,7 @@ Nothing in it can differ between ranks afterwards: they read one outcome. It is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_adamax import agreement
 from sharded_adamax.collectives import ControlPlane
-from sharded_adamax.gradients import GradientSource
+from sharded_adamax.gradients import GradientSource, sparse_problem
 from sharded_adamax.members import Member
 from sharded_adamax.pending import LostRankError
 
@@ -37,25 +37,24 @@ class StepVote:
         source: GradientSource,
         *,
         hypers: Sequence[str],
-        slots: Sequence[Member],
         frozen: Sequence[Member],
+        names: Callable[[], list[str]],
         problem: str | None,
     ) -> None:
         """Say what this rank knows.
 
         Args:
             hypers: The hyper-parameters, line by line.
-            slots: The parameters in the order of the buckets' slots.
-            frozen: Those that have no bucket yet.
+            frozen: The parameters that have no bucket yet.
+            names: Gives those of the parameters in the order of the buckets' slots, then of the frozen ones.
             problem: What is wrong on this rank, beside what its gradients say.
         """
         view = source.view()
         self._control = control
         self._source = source
         self._hypers = hypers
-        self._slots = slots
-        self._frozen = frozen
-        self._problem = problem or view.problem or _sparse_problem(frozen)
+        self._names = names
+        self._problem = problem or view.problem or sparse_problem(member.param for member in frozen)
         self._num_rounds = view.num_rounds
         frozen_used = [member.param.grad is not None for member in frozen]
         same = {
@@ -64,14 +63,14 @@ class StepVote:
             "gradients": view.fingerprints,
         }
         if source.gradients_agree:
-            same["presence"] = flags(view.used + frozen_used)
+            same["presence"] = agreement.flags(view.used + frozen_used)
         self._vote = agreement.start_vote(
             control,
             any_rank={
-                "problem": flags([self._problem is not None]),
-                "used": flags(view.used),
-                "again": flags(view.again),
-                "frozen_used": flags(frozen_used),
+                "problem": agreement.flags([self._problem is not None]),
+                "used": agreement.flags(view.used),
+                "again": agreement.flags(view.again),
+                "frozen_used": agreement.flags(frozen_used),
             },
             same=same,
         )
@@ -107,27 +106,21 @@ class StepVote:
             agreement.raise_together(self._control, error, "taking a step")
         if outcome.differs["hyper"].any():
             agreement.compare(self._control, self._hypers, "the hyper-parameters", error=RuntimeError)
-        names = [member.name for member in (*self._slots, *self._frozen)]
         advice = (
             "reduce_gradients=False expects gradients that are already the same on all ranks. Wrap the model in "
             "DistributedDataParallel, or build ShardedAdamax with reduce_gradients=True to let it reduce them"
         )
         presence = outcome.differs.get("presence")
         if presence is not None and presence.any():
-            name = names[int(presence.nonzero()[0])]
+            name = self._names()[int(presence.nonzero()[0])]
             raise RuntimeError(f"{name} has a gradient on some ranks and None on others; {advice}")
         if outcome.differs["gradients"].any():
-            name = names[int(outcome.differs["gradients"].nonzero()[0]) // 8]
+            name = self._names()[int(outcome.differs["gradients"].nonzero()[0]) // 8]
             raise RuntimeError(f"the gradient of {name} differs between ranks; {advice}")
 
 
 class RoundError(RuntimeError):
     """The ranks are in different rounds of reductions. What is under way has no partner any more."""
-
-
-def flags(values: Sequence[bool]) -> Tensor:
-    """Return them as bytes, for a ballot."""
-    return torch.tensor(values, dtype=torch.uint8)
 
 
 def _bools(values: Tensor) -> list[bool]:
@@ -140,10 +133,3 @@ def _number(value: int) -> Tensor:
 
 def _digest(lines: Sequence[str]) -> Tensor:
     return torch.tensor(list(hashlib.sha256("\n".join(lines).encode()).digest()[:8]), dtype=torch.uint8)
-
-
-def _sparse_problem(frozen: Sequence[Member]) -> str | None:
-    gradients = [member.param.grad for member in frozen]
-    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-        return "Adamax does not support sparse gradients"  # torch's own words
-    return None

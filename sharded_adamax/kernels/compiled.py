@@ -48,11 +48,11 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     decays: bool
     maximize: bool
-    near: bool  # lerp starts from exp_avg; from 1 - beta1 = 0.5 on torch starts from the gradient
+    near: bool  # Hyper.near
 
     @classmethod
     def of(cls, dtype: torch.dtype, hyper: Hyper) -> Variant:
-        return cls(dtype, hyper.weight_decay != 0, hyper.maximize, 1 - hyper.beta1 < 0.5)
+        return cls(dtype, hyper.weight_decay != 0, hyper.maximize, hyper.near)
 
 
 def update_(

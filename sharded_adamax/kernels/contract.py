@@ -28,6 +28,11 @@ class Hyper(NamedTuple):
         lr = lr.squeeze().cpu() if isinstance(lr, Tensor) else lr
         return cls(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
+    @property
+    def near(self) -> bool:
+        """Whether lerp starts from exp_avg; from 1 - beta1 = 0.5 on torch starts from the gradient."""
+        return 1 - self.beta1 < 0.5
+
 
 class Kernel(Protocol):
     """See [Note: kernel]. The lists have at least one tensor."""

@@ -93,7 +93,7 @@ def launch_(
             hyper.weight_decay,
             decays=hyper.weight_decay != 0,
             maximize=hyper.maximize,
-            near=1 - hyper.beta1 < 0.5,
+            near=hyper.near,
             cuda_order=True,
             block=BLOCK,
             **OPTIONS,

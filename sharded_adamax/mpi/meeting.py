@@ -222,8 +222,9 @@ def _wait_if_echo(error: BaseException) -> None:
     """Give the rank that failed first the time to say so and to abort: this process does not come back then."""
     text = str(error).lower()
     lost = isinstance(error, dist.DistError) or "connection closed" in text or "connection reset" in text
-    # RemoteError is how the optimizer's own checks repeat another rank's error.
-    if lost or isinstance(error, RankLeft) or type(error).__name__ == "RemoteError":
+    # By name, because this room imports none above it: the optimizer repeats another rank's error, or waits in vain.
+    of_optimizer = type(error).__name__ in ("RemoteError", "LostRankError")
+    if lost or isinstance(error, RankLeft) or of_optimizer:
         time.sleep(ECHO_SECONDS)
 
 

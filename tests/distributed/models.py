@@ -7,7 +7,7 @@ rank, so that both run the same code: checkpointed, compiled, with hooks, in sev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sharded_adamax import ShardedAdamax
-from tests.distributed.problems import assert_same_bits, assert_same_state, rank_or_zero
+from tests.distributed.problems import assert_same_bits, assert_same_state, mean_over_ranks, rank_or_zero
 
 Gradients = list[Tensor | None]
 Backward = Callable[[nn.Module, int, int], object]  # (model, step, rank): forward and backward as that rank does them
@@ -71,22 +71,6 @@ def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
 
 def straight_backward(model: nn.Module, step: int, rank: int) -> None:
     loss_of(model, step, rank).backward()
-
-
-def mean_over_ranks(of_ranks: Sequence[Gradients]) -> Gradients:
-    """The documented reduction of what the ranks hold; a gradient that some ranks lack counts as zero there."""
-    means: Gradients = []
-    for found in zip(*of_ranks, strict=True):
-        present = [gradient for gradient in found if gradient is not None]
-        if not present:
-            means.append(None)
-            continue
-        terms = [torch.zeros_like(present[0]) if gradient is None else gradient for gradient in found]
-        total = terms[0].clone()
-        for term in terms[1:]:
-            total += term
-        means.append(total / len(of_ranks))
-    return means
 
 
 class Twins:

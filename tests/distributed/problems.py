@@ -36,20 +36,46 @@ def mean_gradients(
     step: int, params: Sequence[Tensor], world_size: int, present: Callable[[int, int, int], bool] | None = None
 ) -> list[Tensor | None]:
     """The documented reduction: sum in the order of the ranks, divided by their number; missing ones count as zero."""
+    of_ranks = [
+        [
+            gradient(step, rank, i, p) if present is None or present(step, rank, i) else None
+            for i, p in enumerate(params)
+        ]
+        for rank in range(world_size)
+    ]
+    return mean_over_ranks(of_ranks)
+
+
+def mean_over_ranks(of_ranks: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The documented reduction of what the ranks hold; a gradient that some ranks lack counts as zero there."""
     means: list[Tensor | None] = []
-    for index, param in enumerate(params):
-        found = [present is None or present(step, rank, index) for rank in range(world_size)]
-        if not any(found):
+    for found in zip(*of_ranks, strict=True):
+        held = [gradient for gradient in found if gradient is not None]
+        if not held:
             means.append(None)
             continue
-        terms = [
-            gradient(step, rank, index, param) if found[rank] else torch.zeros_like(param) for rank in range(world_size)
-        ]
+        terms = [torch.zeros_like(held[0]) if gradient is None else gradient for gradient in found]
         total = terms[0].clone()
         for term in terms[1:]:
             total += term
-        means.append(total / world_size)
+        means.append(total / len(of_ranks))
     return means
+
+
+def local_gradients(step: int, params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of this rank."""
+    return [gradient(step, rank_or_zero(), index, param) for index, param in enumerate(params)]
+
+
+def feed_mean(params: Sequence[Tensor], step: int, present: Callable[[int, int, int], bool] | None = None) -> None:
+    """Give the reference the mean gradients of all ranks of the default process group."""
+    for param, mean in zip(params, mean_gradients(step, params, dist.get_world_size(), present), strict=True):
+        param.grad = mean
+
+
+def assert_same_params(params: Sequence[Tensor], expected: Sequence[Tensor], when: str) -> None:
+    for index, (param, other) in enumerate(zip(params, expected, strict=True)):
+        assert_same_bits(param, other, f"parameter {index} {when}")
 
 
 def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:

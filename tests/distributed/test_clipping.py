@@ -12,7 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_adamax import ShardedAdamax
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, backward, gradient, make_params, mean_gradients
+from tests.distributed.problems import (
+    assert_same_bits,
+    assert_same_params,
+    backward,
+    feed_mean,
+    gradient,
+    make_params,
+    mean_gradients,
+)
 
 NORM_TYPES = [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf]
 # Of the exact norm. In fp32 ours is exact up to its last roundings: one per parameter, then the norm of ten norms.
@@ -49,8 +57,7 @@ def _clip(dtype: torch.dtype, norm_type: float, max_norm: float) -> None:
     parted = False
     for step in range(3):
         backward(params, [gradient(step, rank, i, p) if present(step, rank, i) else None for i, p in enumerate(params)])
-        for param, mean in zip(expected, mean_gradients(step, expected, world_size, present), strict=True):
-            param.grad = mean
+        feed_mean(expected, step, present)
         norm = optimizer.clip_grad_norm_(max_norm, norm_type)
         used = [param for param in expected if param.grad is not None]
         exact = _exact_norm([param.grad for param in used if param.grad is not None], norm_type)
@@ -188,8 +195,7 @@ def _skip(reduce_gradients: bool) -> None:
         if not bad:
             reference.step()
         optimizer.zero_grad()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     assert optimizer.skipped_steps == 2
     assert optimizer.state[params[7]]["step"] == 4
 

@@ -10,22 +10,28 @@ from torch import nn
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives import GlooGroup, Group, ProcessGroup, data_plane
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, backward, gradient, make_params, mean_gradients
+from tests.distributed.problems import (
+    assert_same_bits,
+    assert_same_params,
+    backward,
+    feed_mean,
+    gradient,
+    local_gradients,
+    make_params,
+)
 
 
 def _in_several_messages() -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     shapes: list[tuple[int, ...]] = [(1_500_001,), (7,)]  # a row is 2 to 3 MiB: three messages, the last one ragged
     params, expected = make_params(torch.float32, shapes, seed=rank), make_params(torch.float32, shapes)
     optimizer, reference = ShardedAdamax(params), torch.optim.Adamax(expected)
     for step in range(2):
-        backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
-        for param, mean in zip(expected, mean_gradients(step, expected, world_size), strict=True):
-            param.grad = mean
+        backward(params, local_gradients(step, params))
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -107,13 +113,11 @@ def _thawed_on_one_rank() -> None:
 
         gradients = [gradient(step, rank, i, p) if present(step, rank, i) else None for i, p in enumerate(params)]
         backward(params, gradients)
-        for param, mean in zip(expected, mean_gradients(step, expected, world_size, present), strict=True):
-            param.grad = mean
+        feed_mean(expected, step, present)
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -137,7 +141,7 @@ def test_the_gradient_that_differs_is_named(ranks: Pool, which: int) -> None:
 
 def _launched_unevenly_then_cleared() -> None:
     """The first buckets hold the last parameters: with those alone each rank has launched another number of buckets."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     params, expected = make_params(torch.float32), make_params(torch.float32)
     optimizer, reference = ShardedAdamax(params, bucket_mib=0.0001), torch.optim.Adamax(expected)
     assert len(optimizer.layout.buckets) > 5
@@ -146,13 +150,11 @@ def _launched_unevenly_then_cleared() -> None:
         stale = [gradient(90 + step, rank, i, p) if i >= first else None for i, p in enumerate(params)]
         backward(params, stale)
         optimizer.zero_grad()  # not these
-        backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
-        for param, mean in zip(expected, mean_gradients(step, expected, world_size), strict=True):
-            param.grad = mean
+        backward(params, local_gradients(step, params))
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -251,13 +251,17 @@ def _load_frozen(path: str, then: str) -> dict[str, Tensor]:
     return _everything(job)
 
 
+def _thawed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("thawed "): value for name, value in values.items() if name.startswith("thawed ")}
+
+
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 1), (2, 3), (3, 2)])
 def test_frozen_parameters_are_saved_and_loaded_and_can_be_unfrozen_afterwards(
     ranks: Pool, tmp_path: Path, saved_at: int, loaded_at: int
 ) -> None:
     path = str(tmp_path / "checkpoint")
     all_values = ranks.run(saved_at, _save_frozen, path)[0]
-    thawed = {name.removeprefix("thawed "): value for name, value in all_values.items() if name.startswith("thawed ")}
+    thawed = _thawed(all_values)
     saved = {name: value for name, value in all_values.items() if not name.startswith("thawed ")}
     assert "exp_avg of seven" in thawed and "exp_avg of seven" not in saved
     _same(ranks.run(loaded_at, _load_frozen, path, "stay")[0], saved)
@@ -279,7 +283,7 @@ def test_the_state_of_a_parameter_that_is_frozen_after_training_is_loaded(
 ) -> None:
     path = str(tmp_path / "checkpoint")
     all_values = ranks.run(world_size, _save_frozen, path)[0]
-    thawed = {name.removeprefix("thawed "): value for name, value in all_values.items() if name.startswith("thawed ")}
+    thawed = _thawed(all_values)
     _same(ranks.run(world_size, _load_trained_and_frozen, path + "thawed")[0], thawed)
 
 

@@ -26,7 +26,7 @@ JOB = """
 import datetime, os, signal, sys, time
 import torch, torch.distributed as dist
 from sharded_adamax import ShardedAdamax
-from tests.distributed.problems import backward, gradient, make_params
+from tests.distributed.problems import backward, local_gradients, make_params
 
 rank, world_size, store, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -43,11 +43,11 @@ for step in range(1, 6):
         elif how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == "before step":
-            backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
+            backward(params, local_gradients(step, params))
             raise ValueError("a bad batch")
         elif how == "hangs":
             time.sleep(12)
-    backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
+    backward(params, local_gradients(step, params))
     optimizer.step()
     optimizer.zero_grad()
 """.replace("LOST_AT_STEP", str(LOST_AT_STEP))

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives import ProcessGroup, data_plane
+from sharded_adamax.pending import LostRankError
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, backward, gradient, make_params
+from tests.distributed.problems import assert_same_bits, backward, local_gradients, make_params
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -270,7 +271,7 @@ def _reduced_twice(bucket_mib: float) -> list[Tensor]:
     params = make_params(torch.float32)
     optimizer = ShardedAdamax(params, bucket_mib=bucket_mib)
     for step in range(4):
-        backward(params, [gradient(step, dist.get_rank(), i, p) for i, p in enumerate(params)])
+        backward(params, local_gradients(step, params))
         optimizer.step()
         optimizer.zero_grad()
     return [param.detach().clone() for param in params]
@@ -342,6 +343,32 @@ def _alone() -> float:
     with pytest.raises(RuntimeError, match="rank 1 of the group has left"):
         dist.all_reduce(torch.ones(3))
     return time.monotonic() - began
+
+
+def _echoes() -> None:
+    """An optimizer that waits in vain lets the rank that failed first speak, as a bare collective does."""
+    from sharded_adamax.mpi import meeting
+
+    optimizer = ShardedAdamax(make_params(torch.float32))
+    dist.all_reduce(torch.ones(3))
+    if dist.get_rank() == 1:
+        return
+    with pytest.raises(LostRankError) as lost:
+        optimizer.step()
+    waited: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting.time, "sleep", waited.append)
+        meeting._wait_if_echo(lost.value)
+        meeting._wait_if_echo(ValueError("the real reason"))
+    assert waited == [meeting.ECHO_SECONDS]
+
+
+def test_a_wait_in_vain_is_an_echo_of_what_the_lost_rank_has_to_say() -> None:
+    pool = _own_pool()
+    try:
+        pool.run(2, _echoes)
+    finally:
+        pool.close()
 
 
 def _late() -> None:

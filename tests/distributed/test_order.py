@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives import Pending
-from tests.distributed.models import Backward, Batch, Gradients, Twins, fill_, mean_over_ranks
+from tests.distributed.models import Backward, Batch, Gradients, Twins, fill_
 from tests.distributed.pool import Pool
+from tests.distributed.problems import mean_over_ranks
 
 NUM_BLOCKS = 7
 WIDTH = 6

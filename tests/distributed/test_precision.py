@@ -14,7 +14,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from sharded_adamax import ShardedAdamax, load, save
 from sharded_adamax.checkpoint import contents
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, assert_same_state, backward, gradient, make_params
+from tests.distributed.problems import (
+    assert_same_bits,
+    assert_same_params,
+    assert_same_state,
+    backward,
+    gradient,
+    local_gradients,
+    make_params,
+)
 
 HYPER: dict[str, Any] = {"lr": 3e-2, "weight_decay": 0.1}
 LOW = [torch.bfloat16, torch.float16]
@@ -31,7 +39,7 @@ def mean_of_ranks(step: int, index: int, param: Tensor, reduce_dtype: torch.dtyp
 
 
 def _train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], step: int) -> None:
-    backward(params, [gradient(step, dist.get_rank(), i, p) for i, p in enumerate(params)])
+    backward(params, local_gradients(step, params))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -244,8 +252,7 @@ def _reduce_in(dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
         for index, param in enumerate(expected):
             param.grad = mean_of_ranks(step, index, param, reduce_dtype, dtype)
         reference.step()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     sent = optimizer._get_engine().group.traffic.sent_bytes
     assert sent["reduce_scatter"] * dtype.itemsize == sent["all_gather"] * reduce_dtype.itemsize
 
@@ -365,8 +372,7 @@ def _odd_gradients() -> None:
             owned[2].grad = torch.arange(64.0).view(8, 8)[::2, 1::2] - step
         optimizer.step()
         reference.step()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -15,26 +15,15 @@ from sharded_adamax import ShardedAdamax
 from tests.distributed.pool import Pool
 from tests.distributed.problems import (
     assert_same_bits,
+    assert_same_params,
     assert_same_state,
     backward,
+    feed_mean,
     gradient,
+    local_gradients,
     make_params,
     mean_gradients,
 )
-
-
-def _compare(params: list[nn.Parameter], expected: list[nn.Parameter], when: str) -> None:
-    for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-        assert_same_bits(param, other, f"parameter {index} {when}")
-
-
-def _local_gradients(step: int, params: list[nn.Parameter]) -> list[torch.Tensor | None]:
-    return [gradient(step, dist.get_rank(), i, p) for i, p in enumerate(params)]
-
-
-def _fed(expected: list[nn.Parameter], step: int) -> None:
-    for param, mean in zip(expected, mean_gradients(step, expected, dist.get_world_size()), strict=True):
-        param.grad = mean
 
 
 def _freeze_and_thaw() -> None:
@@ -52,14 +41,14 @@ def _freeze_and_thaw() -> None:
             params[0].requires_grad_(False)
             params[2].requires_grad_(True)
         trained = [param.requires_grad for param in params]
-        backward(params, [g if on else None for g, on in zip(_local_gradients(step, params), trained, strict=True)])
-        _fed(expected, step)
+        backward(params, [g if on else None for g, on in zip(local_gradients(step, params), trained, strict=True)])
+        feed_mean(expected, step)
         for param, on in zip(expected, trained, strict=True):
             param.grad = param.grad if on else None
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     assert len(optimizer.layout.buckets) == num_buckets + 2
     full = optimizer.full_state_dict()
     if full is not None:
@@ -82,12 +71,12 @@ def _add_groups() -> None:
             for either, owned in ((optimizer, params), (reference, expected)):
                 either.add_param_group({"params": owned[8:]})
         count = 5 if step < 2 else 8 if step < 4 else len(params)
-        backward(params[:count], _local_gradients(step, params[:count]))
-        _fed(expected[:count], step)
+        backward(params[:count], local_gradients(step, params[:count]))
+        feed_mean(expected[:count], step)
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        _compare(params[:count], expected[:count], f"after step {step}")
+        assert_same_params(params[:count], expected[:count], f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -127,7 +116,7 @@ def _accumulate(with_no_sync: bool) -> None:
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -142,7 +131,7 @@ def _uneven_passes() -> None:
     params, expected = make_params(torch.float64), make_params(torch.float64)
     optimizer, reference = ShardedAdamax(params, bucket_mib=0.01), torch.optim.Adamax(expected)
     for step in range(3):
-        gradients = _local_gradients(step, params)
+        gradients = local_gradients(step, params)
         if rank == 1:
             gradients[8] = None
         backward(params, gradients)
@@ -168,14 +157,14 @@ def _clear() -> None:
     params, expected = make_params(torch.float32), make_params(torch.float32)
     optimizer, reference = ShardedAdamax(params, bucket_mib=0.01), torch.optim.Adamax(expected)
     for step in range(4):
-        backward(params[: 3 + dist.get_rank()], _local_gradients(90 + step, params)[: 3 + dist.get_rank()])
+        backward(params[: 3 + dist.get_rank()], local_gradients(90 + step, params)[: 3 + dist.get_rank()])
         optimizer.zero_grad(set_to_none=step % 2 == 0)  # not these
-        backward(params, _local_gradients(step, params))
-        _fed(expected, step)
+        backward(params, local_gradients(step, params))
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -188,12 +177,12 @@ def _by_hand() -> None:
     params, expected = make_params(torch.float32), make_params(torch.float32)
     optimizer, reference = ShardedAdamax(params, bucket_mib=0.01), torch.optim.Adamax(expected)
     for step in range(3):
-        for param, value in zip(params, _local_gradients(step, params), strict=True):
+        for param, value in zip(params, local_gradients(step, params), strict=True):
             param.grad = value
-        _fed(expected, step)
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -212,15 +201,15 @@ def _hooks_and_closure() -> None:
     def closure() -> float:
         assert torch.is_grad_enabled()
         optimizer.zero_grad()
-        backward(params, _local_gradients(0, params))
+        backward(params, local_gradients(0, params))
         return 42.0
 
     assert optimizer.step(closure) == 42.0
     handle.remove()
     assert fired == ["pre", "post", "global"], "each hook once"
-    _fed(expected, 0)
+    feed_mean(expected, 0)
     reference.step()
-    _compare(params, expected, "after the closure")
+    assert_same_params(params, expected, "after the closure")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -254,17 +243,17 @@ def _replace_optimizer() -> None:
     dropped = ShardedAdamax(params, lr=1.0)
     del dropped
     assert all(param.grad is None for param in params)
-    backward(params, _local_gradients(0, params))
+    backward(params, local_gradients(0, params))
     assert all(param.grad is not None for param in params), "a dropped optimizer must not take gradients"
     for param in params:
         param.grad = None
     first = ShardedAdamax(params, lr=1.0)
     optimizer, reference = ShardedAdamax(params), torch.optim.Adamax(expected)
-    backward(params, _local_gradients(0, params))
-    _fed(expected, 0)
+    backward(params, local_gradients(0, params))
+    feed_mean(expected, 0)
     optimizer.step()
     reference.step()
-    _compare(params, expected, "after the step of the second optimizer")
+    assert_same_params(params, expected, "after the step of the second optimizer")
     with pytest.raises(RuntimeError, match="no longer the tensor"):
         first.step()
     gc.collect()
@@ -279,11 +268,11 @@ def _low_precision(dtype: torch.dtype) -> None:
     params, expected = make_params(dtype), make_params(dtype)
     optimizer, reference = ShardedAdamax(params, eps=1e-3, bucket_mib=0.01), torch.optim.Adamax(expected, eps=1e-3)
     for step in range(5):
-        backward(params, _local_gradients(step, params))
-        _fed(expected, step)
+        backward(params, local_gradients(step, params))
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -308,7 +297,7 @@ def _in_a_subgroup(as_mesh: bool) -> None:
             param.grad = mean
         optimizer.step()
         reference.step()
-        _compare(params, expected, f"after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     full = optimizer.full_state_dict(to=1)
     assert (full is None) == (rank == 1), "`to` is a rank of the group"
     if full is not None:
@@ -324,8 +313,8 @@ def _only_empty() -> None:
     params, expected = make_params(torch.float32, [(0,), (3, 0)]), make_params(torch.float32, [(0,), (3, 0)])
     optimizer, reference = ShardedAdamax(params), torch.optim.Adamax(expected)
     for step in range(2):
-        backward(params, _local_gradients(step, params))
-        _fed(expected, step)
+        backward(params, local_gradients(step, params))
+        feed_mean(expected, step)
         optimizer.step()
         reference.step()
         optimizer.zero_grad()

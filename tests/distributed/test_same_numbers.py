@@ -14,9 +14,11 @@ from sharded_adamax import ShardedAdamax
 from tests.distributed.pool import Pool
 from tests.distributed.problems import (
     assert_same_bits,
+    assert_same_params,
     assert_same_state,
     backward,
     gradient,
+    local_gradients,
     make_params,
     mean_gradients,
 )
@@ -46,7 +48,7 @@ def _train(dtype: torch.dtype, options: dict[str, Any]) -> None:
     ]
     assert len(optimizer.layout.buckets) > 2
     for step in range(NUM_STEPS):
-        backward(ordered, [gradient(step, rank, i, p) for i, p in enumerate(ordered)])
+        backward(ordered, local_gradients(step, ordered))
         assert all(param.grad is None for param in ordered), "gradients must not outlive the reduce-scatter"
         for param, mean in zip(expected_ordered, mean_gradients(step, ordered, world_size), strict=True):
             param.grad = mean
@@ -55,8 +57,7 @@ def _train(dtype: torch.dtype, options: dict[str, Any]) -> None:
         optimizer.zero_grad()
         for scheduler in schedulers:
             scheduler.step()
-        for index, (param, other) in enumerate(zip(ordered, expected_ordered, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(ordered, expected_ordered, f"after step {step}")
     full = optimizer.full_state_dict(to=world_size - 1)
     assert (full is None) == (rank != world_size - 1)
     if full is not None:
@@ -156,8 +157,7 @@ def _train_with_gaps() -> None:
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     full = optimizer.full_state_dict()
     if full is not None:
         assert_same_state(full, reference, step_zero_may_miss=True)

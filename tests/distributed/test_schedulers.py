@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 from sharded_adamax import ShardedAdamax
 from tests.distributed.models import compare_groups
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, backward, gradient, make_params, mean_gradients
+from tests.distributed.problems import assert_same_params, backward, local_gradients, make_params, mean_gradients
 
 SHAPES: list[tuple[int, ...]] = [(), (7,), (5, 13), (0, 2), (65,)]
 NUM_STEPS = 12
@@ -170,15 +170,14 @@ def _both(ours: Callable[[], None], torchs: Callable[[], None]) -> bool:
 
 
 def _step(ours: Side, expected: Side, step: int) -> bool:
-    backward(ours.params, [gradient(step, dist.get_rank(), i, p) for i, p in enumerate(ours.params)])
+    backward(ours.params, local_gradients(step, ours.params))
     means = mean_gradients(step, expected.params, dist.get_world_size())
     for param, mean in zip(expected.params, means, strict=True):
         param.grad = mean
     ours.optimizer.step()
     expected.optimizer.step()
     ours.optimizer.zero_grad()
-    for index, (param, other) in enumerate(zip(ours.params, expected.params, strict=True)):
-        assert_same_bits(param, other, f"parameter {index} after step {step}")
+    assert_same_params(ours.params, expected.params, f"after step {step}")
     if not _both(lambda: ours.advance(step), lambda: expected.advance(step)):
         return False
     assert ours.scheduler is not None and expected.scheduler is not None

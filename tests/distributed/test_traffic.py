@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.engine import Engine
 from tests.distributed.pool import Pool
-from tests.distributed.problems import assert_same_bits, backward, gradient, make_params
+from tests.distributed.problems import assert_same_params, backward, gradient, local_gradients, make_params
 from tests.distributed.wire import bytes_between, tcp_bytes_sent
 
 # About 4.4 MB in buckets of 0.5 MiB; padding is well below 1 %.
@@ -34,8 +34,7 @@ def _engine(optimizer: ShardedAdamax) -> Engine:
 
 
 def _step(optimizer: ShardedAdamax, params: list[torch.nn.Parameter], step: int) -> None:
-    rank = dist.get_rank()
-    backward(params, [gradient(step, rank, i, p) for i, p in enumerate(params)])
+    backward(params, local_gradients(step, params))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -93,7 +92,7 @@ def _ready_in_any_order() -> list[str]:
 
     group.reduce_scatter = recording  # type: ignore[method-assign]
     for step in range(5):
-        gradients = [gradient(step, rank, i, p) for i, p in enumerate(params)]
+        gradients = local_gradients(step, params)
         shuffled = torch.randperm(len(params), generator=torch.Generator().manual_seed(17 * step + rank)).tolist()
         for index in shuffled:  # one backward each: autograd delivers exactly in this order
             (params[index] * gradients[index]).sum().backward()
@@ -102,8 +101,7 @@ def _ready_in_any_order() -> list[str]:
         backward(expected, gradients)
         straight.step()
         straight.zero_grad()
-        for index, (param, other) in enumerate(zip(params, expected, strict=True)):
-            assert_same_bits(param, other, f"parameter {index} after step {step}")
+        assert_same_params(params, expected, f"after step {step}")
     return order
 
 
