@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
+from sharded_adamax.kernels import Hyper, capture_problem, choose, longest_merged_gap, prepare
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -57,6 +57,7 @@ class Settings:
     skip_nonfinite: bool
     precision: Precision
     fused: bool = False  # a wish, of this rank: the numbers do not depend on it
+    capturable: bool = False  # see [Note: capturable] in kernels/captured.py
 
 
 class Engine:
@@ -93,14 +94,20 @@ class Engine:
         self.members += members
         for bucket_layout in self.layout.buckets[len(self.buckets) :]:
             owners = [members[slot.param - offset] for slot in bucket_layout.slots]
-            bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank, self.settings.precision)
+            bucket = Bucket(
+                bucket_layout,
+                [m.param for m in owners],
+                self.group.rank,
+                self.settings.precision,
+                capturable=self.settings.capturable,
+            )
             self.group.broadcast(bucket.flat_param)
             bucket.refresh_master()
             self.buckets.append(bucket)
             self.source.add(bucket, [m.name for m in owners])
             for piece, param in zip(bucket.pieces, bucket.params, strict=True):
                 spec = self.layout.specs[piece.param]
-                state[param] = {"step": bucket.steps[piece.slot]}
+                state[param] = {"step": bucket.step_views[piece.slot]}
                 for key, flat in sharded_state(bucket).items():
                     local = part(flat, piece.in_shard)
                     state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
@@ -245,7 +252,7 @@ class Engine:
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
         # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
-        problem = self._moved_problem()
+        problem = self._moved_problem() or self._capture_problem(groups)
         hypers = [*hyper_lines(groups), self.guards.line()]
         vote = StepVote(
             self.control, self.source, hypers=hypers, frozen=self.frozen, names=self._names, problem=problem
@@ -284,7 +291,7 @@ class Engine:
         if not any(used):
             return
         bucket.refresh_master()
-        bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
+        bucket.count_update(used)
         by_group: dict[int, list[int]] = {}
         for slot, (piece, is_used) in enumerate(zip(bucket.pieces, used, strict=True)):
             if is_used:
@@ -295,7 +302,12 @@ class Engine:
                 runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
                 if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
                     continue
-                update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
+                update_ = choose(
+                    groups[group_index]["foreach"],
+                    gradient.device,
+                    fused=self.settings.fused,
+                    capturable=self.settings.capturable,
+                )
                 update_(
                     [part(bucket.target, run.in_shard) for run in runs],
                     [part(gradient, run.in_shard) for run in runs],
@@ -317,6 +329,11 @@ class Engine:
                     "Move and cast the model first, then build the optimizer; change values in place, with copy_"
                 )
         return None
+
+    def _capture_problem(self, groups: list[ParamGroup]) -> str | None:
+        if not self.buckets:
+            return None
+        return capture_problem(groups, self.buckets[0].flat_param.device, capturable=self.settings.capturable)
 
     def _names(self) -> list[str]:
         """Return the names of all parameters, in the order of the slots and then of the frozen ones."""

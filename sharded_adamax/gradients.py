@@ -149,7 +149,7 @@ class ReducedGradients(GradientSource):
         self._used = [[param.grad is not None for param in bucket.params] for bucket in self.buckets]
         params = list(chain.from_iterable(bucket.params for bucket in self.buckets))
         problem = sparse_problem(params)
-        check = self._checks.due() and self.group.size > 1
+        check = self._checks.due() and self.group.size > 1 and not _is_capturing()
         fingerprints = _fingerprints(params) if check else torch.zeros(0, dtype=torch.uint8)
         used = list(chain.from_iterable(self._used))
         return LocalView(used, [False] * len(self.buckets), fingerprints, self.num_rounds, problem)
@@ -177,6 +177,11 @@ class ReducedGradients(GradientSource):
 
     def discard(self, *, set_to_none: bool) -> None:
         pass
+
+
+def _is_capturing() -> bool:
+    """Return whether launches go into a CUDA graph: there is nothing to compare then, and reading it is forbidden."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _fingerprints(params: list[Tensor]) -> Tensor:

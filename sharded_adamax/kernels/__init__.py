@@ -16,37 +16,41 @@ from __future__ import annotations
 
 import torch
 
-from sharded_adamax.kernels import compiled, cuda, eager, foreach
+from sharded_adamax.kernels import captured, compiled, cuda, eager, foreach
+from sharded_adamax.kernels.captured import capture_problem
 from sharded_adamax.kernels.chunked import in_chunks
 from sharded_adamax.kernels.contract import Hyper, Kernel, longest_merged_gap, refuse_flags
 from sharded_adamax.kernels.notices import say_once
 
-__all__ = ["Hyper", "Kernel", "choose", "longest_merged_gap", "prepare", "refuse_flags"]
+__all__ = ["Hyper", "Kernel", "capture_problem", "choose", "longest_merged_gap", "prepare", "refuse_flags"]
 
 _EAGER_IN_CHUNKS = in_chunks(eager.update_)
 _FOREACH_IN_CHUNKS = in_chunks(foreach.update_)
 
 
-def choose(use_foreach: bool | None, device: torch.device, *, fused: bool = False) -> Kernel:
+def choose(use_foreach: bool | None, device: torch.device, *, fused: bool = False, capturable: bool = False) -> Kernel:
     """Return the kernel for a group's ``foreach``; None picks as torch does: foreach on CUDA, else the loop.
 
     On the CPU the loop goes chunk by chunk, with the same bits; ``foreach=False`` says that it must not.
 
     Args:
         fused: One pass over memory, where there is such a kernel; goes before ``use_foreach``.
+        capturable: One that takes its steps as tensors. See [Note: capturable].
     """
-    if fused and device.type == "cpu":
+    if fused and device.type == "cpu" and not capturable:
         return compiled.update_
     if fused and device.type == "cuda" and cuda.is_available():
-        return cuda.update_
+        return cuda.update_capturable_ if capturable else cuda.update_
     if fused:
         say_once("needs Triton: pip install triton" if device.type == "cuda" else f"has no kernel for {device.type}")
-    if device.type == "cpu":
+    if device.type == "cpu" and not capturable:
         if use_foreach is None:
             return _EAGER_IN_CHUNKS
         return _FOREACH_IN_CHUNKS if use_foreach else eager.update_
     if use_foreach is None:
         use_foreach = device.type in ("cuda", "xpu")
+    if capturable:
+        return captured.foreach_ if use_foreach else captured.loop_
     return foreach.update_ if use_foreach else eager.update_
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_adamax.kernels import foreach
+from sharded_adamax.kernels import captured, foreach
 from sharded_adamax.kernels.contract import Hyper
 from sharded_adamax.kernels.notices import say_once
 
@@ -40,12 +40,36 @@ def update_(
     hyper: Hyper,
 ) -> None:
     """Update each tensor in one launch; other dtypes than float32 go to foreach. See [Note: kernel]."""
-    if params[0].dtype != torch.float32:
-        say_once(f"has no one-pass kernel for {params[0].dtype} on CUDA")
+    if not _has_kernel(params[0].dtype):
         foreach.update_(params, grads, exp_avgs, exp_infs, steps, hyper)
         return
-    for param, grad, exp_avg, exp_inf, step in zip(params, grads, exp_avgs, exp_infs, steps, strict=True):
-        launch_(param, grad, exp_avg, exp_inf, step=step, hyper=hyper)
+    # The host numbers are computed in double and rounded once, as torch does before it launches its own kernels.
+    step_sizes = [float(hyper.lr) / (1 - hyper.beta1**step) for step in steps]
+    for param, grad, exp_avg, exp_inf, step_size in zip(params, grads, exp_avgs, exp_infs, step_sizes, strict=True):
+        launch_(param, grad, exp_avg, exp_inf, step_size=step_size, hyper=hyper)
+
+
+def update_capturable_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_infs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Hyper,
+) -> None:
+    """Update each tensor in one launch, after three small ones for all steps. See [Note: capturable]."""
+    if not _has_kernel(params[0].dtype):
+        captured.foreach_(params, grads, exp_avgs, exp_infs, steps, hyper)
+        return
+    corrections = captured.corrections(steps, hyper)
+    for param, grad, exp_avg, exp_inf, correction in zip(params, grads, exp_avgs, exp_infs, corrections, strict=True):
+        launch_(param, grad, exp_avg, exp_inf, step_size=correction, hyper=hyper)
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    if dtype != torch.float32:
+        say_once(f"has no one-pass kernel for {dtype} on CUDA")
+    return dtype == torch.float32
 
 
 def launch_(
@@ -54,7 +78,7 @@ def launch_(
     exp_avg: Tensor,
     exp_inf: Tensor,
     *,
-    step: float,
+    step_size: float | Tensor,
     hyper: Hyper,
     rounded: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -65,7 +89,7 @@ def launch_(
         param, exp_avg, exp_inf: float32, 1-D, modified in place. Fastest where they start at multiples of 16 bytes and
             have a multiple of 16 elements, as the runs of a bucket do.
         grad: float32, bfloat16 or float16.
-        step: The update that is being made; the first is 1.
+        step_size: lr / (1 - beta1 ** step); or what stands for it on the device, one of `captured.corrections`.
         rounded: bfloat16 or float16: also gets the new parameters, rounded.
         grad_scale: float32, 0-d, on the device: a clip factor or an inverse loss scale. Gradients are multiplied by it
             before anything else; the host does not wait for its value.
@@ -75,8 +99,7 @@ def launch_(
     from sharded_adamax.kernels import triton_source
 
     numel = param.numel()
-    # The host numbers are computed in double and rounded once, as torch does before it launches its own kernels.
-    neg_step_size = -(float(hyper.lr) / (1 - hyper.beta1**step))
+    correction = step_size if isinstance(step_size, Tensor) else None
     with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
         triton_source.adamax[(triton.cdiv(numel, BLOCK),)](
             param,
@@ -85,8 +108,9 @@ def launch_(
             exp_inf,
             rounded,
             grad_scale,
+            correction,
             numel,
-            neg_step_size,
+            0.0 if isinstance(step_size, Tensor) else -step_size,
             1 - hyper.beta1,
             hyper.beta2,
             hyper.eps,

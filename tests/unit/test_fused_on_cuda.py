@@ -68,7 +68,11 @@ for numel in (1, 1000, 1024, 5000):
             gradient = torch.randn(numel)
             expected.grad = gradient.clone()
             reference.step()
-            cuda.update_([param], [gradient], [exp_avg], [exp_inf], [step], Hyper.of(reference.param_groups[0]))
+            hyper, lists = Hyper.of(reference.param_groups[0]), ([param], [gradient], [exp_avg], [exp_inf])
+            if numel == 1000:
+                cuda.update_capturable_(*lists, [torch.tensor(step)], hyper)
+            else:
+                cuda.update_(*lists, [step], hyper)
             assert torch.equal(gradient, expected.grad)
         state = reference.state[expected]
         for ours, of_torch in ((param, expected), (exp_avg, state["exp_avg"]), (exp_inf, state["exp_inf"])):
@@ -76,7 +80,7 @@ for numel in (1, 1000, 1024, 5000):
 param, gradient, exp_avg, exp_inf = torch.ones(100), torch.full((100,), 6.0), torch.zeros(100), torch.zeros(100)
 rounded = torch.zeros(100, dtype=torch.float16)
 cuda.launch_(
-    param, gradient, exp_avg, exp_inf, step=1, hyper=Hyper(0.5, 0.9, 0.999, 0.0, 0.0, False), rounded=rounded,
+    param, gradient, exp_avg, exp_inf, step_size=5.0, hyper=Hyper(0.5, 0.9, 0.999, 0.0, 0.0, False), rounded=rounded,
     grad_scale=torch.tensor(0.5),
 )
 assert exp_inf.eq(3).all() and rounded.eq(0.5).all() and (param - 0.5).abs().max() < 1e-6, (param, rounded)
