@@ -183,11 +183,6 @@ class Bucket:
         """Take writes to the parameters up to now as this optimizer's own."""
         self._versions = [] if self.master is None else [param._version for param in self.params]
 
-    def round_master(self) -> None:
-        """Make the parameters of this shard what the master is, rounded to nearest, ties to even."""
-        if self.master is not None:
-            self.param_shard.copy_(self.master)
-
     def moved_params(self) -> list[int]:
         """Return the slots whose parameter is no longer the view that was given to it, by ``param.data = ...`` say."""
         # Field by field: an Identity for each parameter at each step would be a third of the step of tiny parameters.

@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, capture_problem, choose, longest_merged_gap, prepare
+from sharded_adamax.kernels import Hyper, capture_problem, choose, folded, longest_merged_gap, prepare
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -287,7 +287,7 @@ class Engine:
     def _update(self, index: int, used: list[bool], groups: list[ParamGroup], hypers: list[Hyper]) -> None:
         """Update this rank's shard of bucket ``index`` and launch its all-gather; nothing if no gradient went in."""
         bucket = self.buckets[index]
-        gradient = self.source.take_shard(index)
+        gradient, grad_scale = self.source.take_shard(index)
         if not any(used):
             return
         bucket.refresh_master()
@@ -305,10 +305,14 @@ class Engine:
                 update_ = choose(
                     groups[group_index]["foreach"],
                     gradient.device,
+                    dtype=gradient.dtype,
                     fused=self.settings.fused,
                     capturable=self.settings.capturable,
                 )
-                update_(
+                rounded = (
+                    [part(bucket.param_shard, run.in_shard) for run in runs] if bucket.master is not None else None
+                )
+                folded(update_, grad_scale=grad_scale, rounded=rounded)(
                     [part(bucket.target, run.in_shard) for run in runs],
                     [part(gradient, run.in_shard) for run in runs],
                     [part(bucket.exp_avg, run.in_shard) for run in runs],
@@ -316,7 +320,6 @@ class Engine:
                     [run.step for run in runs],
                     hyper,
                 )
-            bucket.round_master()
         self.gathering.launch(index, bucket)
 
     def _moved_problem(self) -> str | None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class Peaks:
     bucket_bytes: int = 0
 
 
+class TakenShard(NamedTuple):
+    """The mean gradient of one shard, for its update."""
+
+    values: Tensor  # (shard_numel,)
+    scale: Tensor | None  # 0-d: what they are still to be multiplied by
+
+
 class GradientSource(ABC):
     """Where the shards of the mean gradients come from."""
 
@@ -90,12 +98,12 @@ class GradientSource(ABC):
         """Wait for bucket ``index`` and return its mean gradient shard, shape (shard_numel,), to be read."""
 
     @abstractmethod
-    def take_shard(self, index: int) -> Tensor:
-        """Wait for bucket ``index`` and hand over its mean gradient shard, shape (shard_numel,), to be consumed."""
+    def take_shard(self, index: int) -> TakenShard:
+        """Wait for bucket ``index`` and hand over its mean gradient shard, to be consumed."""
 
     @abstractmethod
     def scale_(self, factor: Tensor) -> None:
-        """Multiply all mean gradients by a 0-d tensor."""
+        """Multiply all mean gradients by a 0-d tensor, now or when they are next needed."""
 
     def missing(self) -> list[int]:
         """Return the ranks that reductions under way still wait for. For use after a failure only."""
@@ -165,8 +173,8 @@ class ReducedGradients(GradientSource):
         self.peaks.shard_bytes = max(self.peaks.shard_bytes, shard.nbytes)
         return shard
 
-    def take_shard(self, index: int) -> Tensor:
-        return self.shard(index)
+    def take_shard(self, index: int) -> TakenShard:
+        return TakenShard(self.shard(index), None)
 
     def scale_(self, factor: Tensor) -> None:
         params = chain.from_iterable(bucket.params for bucket in self.buckets)

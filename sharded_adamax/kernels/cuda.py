@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_adamax.kernels import captured, foreach
+from sharded_adamax.kernels import captured
 from sharded_adamax.kernels.contract import Hyper
 from sharded_adamax.kernels.notices import say_once
 
@@ -31,6 +32,15 @@ def is_available() -> bool:
     return True
 
 
+def can_update(dtype: torch.dtype) -> bool:
+    """Return whether there is a kernel for updates in ``dtype``; say it once where there is none."""
+    if not is_available():
+        say_once("needs Triton: pip install triton")
+    elif dtype != torch.float32:
+        say_once(f"has no one-pass kernel for {dtype} on CUDA")
+    return is_available() and dtype == torch.float32
+
+
 def update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -38,15 +48,15 @@ def update_(
     exp_infs: Sequence[Tensor],
     steps: Sequence[float],
     hyper: Hyper,
+    *,
+    grad_scale: Tensor | None = None,
+    rounded: Sequence[Tensor] | None = None,
 ) -> None:
-    """Update each tensor in one launch; other dtypes than float32 go to foreach. See [Note: kernel]."""
-    if not _has_kernel(params[0].dtype):
-        foreach.update_(params, grads, exp_avgs, exp_infs, steps, hyper)
-        return
+    """Update each tensor, float32, in one launch. See [Note: kernel], and `launch_` for the last two arguments."""
     # The host numbers are computed in double and rounded once, as torch does before it launches its own kernels.
-    step_sizes = [float(hyper.lr) / (1 - hyper.beta1**step) for step in steps]
-    for param, grad, exp_avg, exp_inf, step_size in zip(params, grads, exp_avgs, exp_infs, step_sizes, strict=True):
-        launch_(param, grad, exp_avg, exp_inf, step_size=step_size, hyper=hyper)
+    lr = float(hyper.lr)
+    step_sizes = [lr / (1 - hyper.beta1**step) for step in steps]
+    _launch_each((params, grads, exp_avgs, exp_infs), step_sizes, hyper, grad_scale, rounded)
 
 
 def update_capturable_(
@@ -56,20 +66,25 @@ def update_capturable_(
     exp_infs: Sequence[Tensor],
     steps: Sequence[Tensor],
     hyper: Hyper,
+    *,
+    grad_scale: Tensor | None = None,
+    rounded: Sequence[Tensor] | None = None,
 ) -> None:
     """Update each tensor in one launch, after three small ones for all steps. See [Note: capturable]."""
-    if not _has_kernel(params[0].dtype):
-        captured.foreach_(params, grads, exp_avgs, exp_infs, steps, hyper)
-        return
-    corrections = captured.corrections(steps, hyper)
-    for param, grad, exp_avg, exp_inf, correction in zip(params, grads, exp_avgs, exp_infs, corrections, strict=True):
-        launch_(param, grad, exp_avg, exp_inf, step_size=correction, hyper=hyper)
+    step_sizes = captured.corrections(steps, hyper)
+    _launch_each((params, grads, exp_avgs, exp_infs), step_sizes, hyper, grad_scale, rounded)
 
 
-def _has_kernel(dtype: torch.dtype) -> bool:
-    if dtype != torch.float32:
-        say_once(f"has no one-pass kernel for {dtype} on CUDA")
-    return dtype == torch.float32
+def _launch_each(
+    operands: tuple[Sequence[Tensor], ...],
+    step_sizes: Sequence[float | Tensor],
+    hyper: Hyper,
+    grad_scale: Tensor | None,
+    rounded: Sequence[Tensor] | None,
+) -> None:
+    outputs = repeat(None, len(step_sizes)) if rounded is None else rounded
+    for *tensors, step_size, output in zip(*operands, step_sizes, outputs, strict=True):
+        launch_(*tensors, step_size=step_size, hyper=hyper, rounded=output, grad_scale=grad_scale)
 
 
 def launch_(
@@ -91,7 +106,7 @@ def launch_(
         grad: float32, bfloat16 or float16.
         step_size: lr / (1 - beta1 ** step); or what stands for it on the device, one of `captured.corrections`.
         rounded: bfloat16 or float16: also gets the new parameters, rounded.
-        grad_scale: float32, 0-d, on the device: a clip factor or an inverse loss scale. Gradients are multiplied by it
+        grad_scale: 0-d, on the device: a clip factor or an inverse loss scale. Gradients are multiplied by it
             before anything else; the host does not wait for its value.
     """
     import triton

@@ -27,7 +27,7 @@ def adamax(
     exp_avg_ptr,  # float32
     exp_inf_ptr,  # float32
     rounded_ptr,  # 16 bits: where the master goes, rounded to nearest even; or None
-    scale_ptr,  # float32, 0-d: gradients are multiplied by it, first of all; or None
+    scale_ptr,  # 0-d: gradients are multiplied by it, first of all; or None
     correction_ptr,  # 0-d: (beta1 ** step - 1) / lr, instead of neg_step_size; or None
     numel,
     neg_step_size,
@@ -49,7 +49,7 @@ def adamax(
     m = tl.load(exp_avg_ptr + offsets, mask=mask)
     u = tl.load(exp_inf_ptr + offsets, mask=mask)
     if scale_ptr is not None:
-        g = g * tl.load(scale_ptr)
+        g = g * tl.load(scale_ptr).to(tl.float32)
     if maximize:
         g = -g
     if decays:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_adamax import ShardedAdamax
+from sharded_adamax import ShardedAdamax, load, save
 from sharded_adamax.buckets import Bucket, Precision
 from sharded_adamax.collectives import LocalGroup
 from sharded_adamax.gradients import ReducedGradients
@@ -127,14 +128,15 @@ def _bucket(*numels: int, capturable: bool) -> Bucket:
 
 def test_neighbours_are_not_merged_and_their_steps_are_read_by_nobody() -> None:
     bucket = _bucket(100, 20, 0, 70, capturable=True)
+    bucket.count_update([True] * 4)
     bucket.count_update([True, False, True, True])
-    runs = bucket.runs([0, 2, 3], 63)
+    assert bucket.steps.tolist() == [2, 1, 2, 2]
+    bucket.steps.fill_(2)
+    runs = bucket.runs([0, 1, 2, 3], 63)
     # With their padding, all the same: vector loads of a GPU stay whole.
-    assert [run.in_shard for run in runs] == [Range(0, 128), Range(192, 320)]
-    assert [run.step.data_ptr() for run in runs if isinstance(run.step, Tensor)] == [
-        bucket.steps[0].data_ptr(), bucket.steps[3].data_ptr()
-    ]  # fmt: skip
-    assert bucket.steps.tolist() == [1, 0, 1, 1]
+    assert [run.in_shard for run in runs] == [Range(0, 128), Range(128, 192), Range(192, 320)]
+    places = [run.step.data_ptr() for run in runs if isinstance(run.step, Tensor)]
+    assert places == [bucket.steps[slot].data_ptr() for slot in (0, 1, 3)]
 
 
 def test_steps_are_on_the_device_of_the_parameters_with_the_flag_and_on_the_cpu_without() -> None:
@@ -198,7 +200,7 @@ def test_the_flag_of_a_group_cannot_be_changed_later(built_with: bool) -> None:
         optimizer.step()
 
 
-# --- State dicts
+# --- State dicts and checkpoints
 
 
 def _trained(build_optimizer: Callable[..., torch.optim.Optimizer], **flags: Any) -> Any:
@@ -235,3 +237,24 @@ def test_a_loaded_dict_brings_its_numbers_and_not_its_flag(of: Any, saved_with: 
     reference.step()
     for index, (param, other) in enumerate(zip(ours, expected, strict=True)):
         assert_same_bits(param, other, f"parameter {index}")
+
+
+@pytest.mark.usefixtures("capturable_on_cpu")
+def test_a_checkpoint_is_loaded_into_the_tensors_that_a_graph_knows(tmp_path: Path) -> None:
+    optimizers = []
+    for num_steps in (3, 1):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        optimizer = ShardedAdamax(model.named_parameters(), capturable=True)
+        for step in range(num_steps):
+            model(torch.full((2, 5), float(step + 1))).sum().backward()
+            optimizer.step()
+        if not optimizers:
+            save(tmp_path / "checkpoint", model, optimizer)
+        optimizers.append((model, optimizer))
+    (saved_model, saved), (model, optimizer) = optimizers
+    held = [optimizer.state[param]["step"] for param in model.parameters()]
+    load(tmp_path / "checkpoint", model, optimizer)
+    for param, other, step in zip(model.parameters(), saved_model.parameters(), held, strict=True):
+        assert optimizer.state[param]["step"] is step
+        assert step == saved.state[other]["step"] == 3

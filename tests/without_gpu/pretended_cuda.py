@@ -131,12 +131,13 @@ class Job:
             assert calls["reduce_scatter"] == num_steps * num_buckets
         return {name: count / num_steps for name, count in waits.counts.items() if count}
 
-    def launches_of_step(self) -> list[tuple[str, int]]:
+    def launches_of_step(self, between: Callable[[], object] = lambda: None) -> list[tuple[str, int]]:
         """Take a step, and return what it would launch after all gradients have arrived."""
         self._backward()
         self.engine.reduce(self.groups, self.state)
         for index in range(len(self.engine.buckets)):
             self.engine.source.shard(index)
+        between()
         with Launches() as launches:
             self.engine.step(self.groups, self.state)
         return launches.found

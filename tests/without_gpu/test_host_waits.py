@@ -48,7 +48,8 @@ CASES: dict[str, dict[str, float]] = {
 
 UPDATE = ["_foreach_lerp_", "_foreach_mul_", "_foreach_abs_", "_foreach_add_", "_foreach_maximum_", "_foreach_addcdiv_"]
 DECAY = ["_foreach_add_"]
-FUSED = "sinh_"  # an operation that nothing else uses: it stands for a launch of the Triton kernel
+FUSED = "_foreach_sinh_"  # which nothing else uses: it stands for a launch of the Triton kernel, on all its operands
+REFRESH = ["_to_copy", "ne", "where", "copy_"]  # the master takes over what was written to the parameters
 CORRECTION = ["_foreach_pow", "_foreach_sub_", "_foreach_div_"]
 
 
@@ -64,12 +65,16 @@ LAUNCHES: dict[str, list[tuple[str, int]]] = {
     "one without a gradient": _each(UPDATE, 2),  # it lies between the others
     "one at another step": _each(UPDATE, 3),
     "bfloat16": _each(UPDATE, 4),  # where a cut would change bits, parameters stay apart
-    "fused": _each([FUSED], 1),
-    "fused, one without a gradient": _each([FUSED], 1) * 2,
+    "foreach, clipped": _each(["_foreach_mul_", *UPDATE], 1),
+    "foreach, bfloat16 with a master": _each([*REFRESH, *UPDATE, "_foreach_copy_"], 1),
+    "fused": [(FUSED, 4)],
+    "fused, one without a gradient": [(FUSED, 4)] * 2,
+    "fused, clipped": [(FUSED, 5)],  # the clip factor
+    "fused, bfloat16 with a master": [*_each(REFRESH, 1), (FUSED, 5)],  # the parameters
     "capturable": [
         ("add_", 1), *_each(UPDATE[:-1] + CORRECTION, 4), *_each(["mul"], 1) * 4, *_each(UPDATE[-1:], 4)
     ],
-    "capturable, fused": [("add_", 1), *_each(CORRECTION, 4), *_each([FUSED], 1) * 4],
+    "capturable, fused": [("add_", 1), *_each(CORRECTION, 4), *[(FUSED, 4)] * 4],
     "capturable, one without a gradient": [
         ("_foreach_add_", 3), *_each(UPDATE[:-1] + CORRECTION, 3), *_each(["mul"], 1) * 3, *_each(UPDATE[-1:], 3)
     ],
@@ -165,13 +170,13 @@ def _launches() -> Iterator[tuple[str, list[tuple[str, int]]]]:
     from tests.without_gpu.pretended_cuda import Job
 
     def second_step(
-        dtype: torch.dtype = torch.float32, without: Sequence[str] = (), **settings: Any
+        dtype: torch.dtype = torch.float32, without: Sequence[str] = (), clips: bool = False, **settings: Any
     ) -> list[tuple[str, int]]:
         job = Job(dtype, bucket_bytes=1 << 20, **settings)
         assert len(job.engine.buckets) == 1
         job.launches_of_step()
         job.without_gradient = set(without)
-        return job.launches_of_step()
+        return job.launches_of_step(job.clip if clips else lambda: None)
 
     yield "foreach", second_step()
     yield "foreach, weight decay", second_step(weight_decay=0.1)
@@ -186,10 +191,14 @@ def _launches() -> Iterator[tuple[str, list[tuple[str, int]]]]:
     yield "capturable", second_step(capturable=True)
     yield "capturable, one without a gradient", second_step(capturable=True, without=["2.weight"])
 
-    def launch_(param: Tensor, *args: Any, **kwargs: Any) -> None:
-        param.sinh_()
+    def launch_(*operands: Tensor, rounded: Tensor | None, grad_scale: Tensor | None, **kwargs: Any) -> None:
+        torch._foreach_sinh_([each for each in (*operands, rounded, grad_scale) if each is not None])
 
+    yield "foreach, clipped", second_step(clips=True)
+    yield "foreach, bfloat16 with a master", second_step(torch.bfloat16, master_dtype=torch.float32)
     with mock.patch.object(cuda, "launch_", launch_):
+        yield "fused, clipped", second_step(fused=True, clips=True)
+        yield "fused, bfloat16 with a master", second_step(torch.bfloat16, fused=True, master_dtype=torch.float32)
         yield "fused", second_step(fused=True)
         yield "fused, one without a gradient", second_step(fused=True, without=["2.weight"])
         yield "capturable, fused", second_step(fused=True, capturable=True)
