@@ -122,11 +122,14 @@ class Bucket:
             param.data = view
 
     def count_update(self, used: Sequence[bool]) -> None:
-        """Add one to the steps of the used slots. The host sends no numbers: a graph could not hold such a copy."""
+        """Add one to the steps of the used slots."""
         if all(used):
             self.steps.add_(1)
-        else:
+        elif self.capturable:
+            # Not the mask below: it would be copied from the host, which a graph cannot hold.
             torch._foreach_add_(list(compress(self.step_views, used)), 1)
+        else:
+            self.steps.add_(torch.tensor(used, dtype=self.steps.dtype))
 
     def runs(self, slots: Sequence[int], longest_gap: int) -> list[Run]:
         """Return what is to be updated of ``slots``, neighbours that are at the same step merged into one run.
