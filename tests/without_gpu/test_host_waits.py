@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+
+from tests.without_gpu.process import answer_of
 
 NOTHING: dict[str, float] = {}
 ONE_VALUE = {"value read": 1.0}
@@ -33,11 +31,10 @@ CASES: dict[str, dict[str, float]] = {
 }
 
 
-def _waits(directory: Path) -> dict[str, dict[str, float]]:
+def _waits() -> dict[str, dict[str, float]]:
     """Everything in one process, because pretending takes longer than the steps."""
-    from tests.without_gpu.pretended_cuda import Job, pretend
+    from tests.without_gpu.pretended_cuda import Job
 
-    pretend(directory)
     f32, bf16 = torch.float32, torch.bfloat16
     found: dict[str, dict[str, float]] = {}
     found["plain"] = Job(f32).waits_per_step()
@@ -75,23 +72,9 @@ def _waits(directory: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _in_process(directory: Path, connection: Any) -> None:
-    connection.send(_waits(directory))
-
-
 @pytest.fixture(scope="module")
 def waits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    ours, theirs = multiprocessing.Pipe()
-    arguments = (tmp_path_factory.mktemp("guard"), theirs)
-    process = multiprocessing.get_context("spawn").Process(target=_in_process, args=arguments)
-    process.start()
-    theirs.close()
-    try:
-        assert ours.poll(100), "no answer"
-        result: dict[str, dict[str, float]] = ours.recv()
-    finally:
-        process.kill()
-    return result
+    return answer_of(_waits, tmp_path_factory.mktemp("guard"), seconds=100)
 
 
 @pytest.mark.parametrize("case", CASES)
