@@ -42,7 +42,6 @@ def pretend(directory: Path) -> None:
     subprocess.run([*command, f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}", "-lc10"], check=True)
     ctypes.CDLL(str(library))
     pretend_streams()
-    torch.cuda._lazy_init = lambda: None  # `tensor.to(device)` asks for it
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # torch.distributed asks before a broadcast
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
 
