@@ -29,6 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # Late parameter -> what waits until it is there, and makes it plain.
 _arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Plain parameter -> what makes another stream wait for it, too. Empty where there are no streams.
+_asked_again: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # What does not look at the values of a tensor.
 _ATTRIBUTES = (
@@ -85,11 +87,17 @@ def make_late(params: Iterable[Tensor], arrive: Callable[[], None]) -> None:
         param.__class__ = _late_class(type(param))
 
 
-def make_plain(params: Iterable[Tensor]) -> None:
-    """Give ``params`` their own class back, those that are late."""
+def make_plain(params: Iterable[Tensor], *, ask_again: bool) -> None:
+    """Give ``params`` their own class back, those that are late.
+
+    Args:
+        ask_again: Whether modules go on to call what waits for them: their stream may be another.
+    """
     for param in params:
         if isinstance(param, _Late):
-            del _arrivals[param]
+            arrive = _arrivals.pop(param)  # type: ignore[no-untyped-call]
+            if ask_again:
+                _asked_again[param] = arrive
             param.__class__ = param.arrived_class  # type: ignore[assignment]
 
 
@@ -100,10 +108,13 @@ def wait_for(values: Iterable[object]) -> None:
         LostRankError: The rank that has one of them is missing.
     """
     for value in values:
+        arrive: Callable[[], None] | None = None
         if isinstance(value, _Late):
-            arrive: Callable[[], None] | None = _arrivals.get(value)  # type: ignore[no-untyped-call]
-            if arrive is not None:  # otherwise another thread is making it plain
-                arrive()
+            arrive = _arrivals.get(value)  # type: ignore[no-untyped-call]
+        elif _asked_again and isinstance(value, Tensor):
+            arrive = _asked_again.get(value)  # type: ignore[no-untyped-call]
+        if arrive is not None:  # otherwise another thread is making it plain
+            arrive()
 
 
 def await_in_forward(model: nn.Module) -> None:

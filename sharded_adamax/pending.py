@@ -47,7 +47,7 @@ class Pending(Protocol[T_co]):
         """Bytes that live only until ``wait``: what is being sent, and where others' messages arrive."""
 
     def wait(self, doing: str) -> T_co:
-        """Return the result. May be called once.
+        """Return the result. May be called once; where there are streams, once on each.
 
         Args:
             doing: For the message: "the all-gather of bucket 3, step 12".

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": {"collectives", "layout", "ranges"},
     "reduction": {"buckets", "collectives", "gradients", "pending", "streams"},
     "gradients": {"buckets", "collectives"},
-    "gathering": {"buckets", "collectives", "late", "pending"},
+    "gathering": {"buckets", "collectives", "late", "pending", "streams"},
     "late": set(),
     "agreement": {"collectives", "pending"},
     "members": set(),

@@ -78,6 +78,7 @@ class StreamedJob:
     world_size: int = WORLD_SIZE
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: Sequence[str] = ()  # names of parameters that require no gradient at first
+    overlap: bool = False
     between: Callable[[StreamedJob], None] = lambda job: None  # after backward, before step
     backward: Callable[[StreamedJob], None] = lambda job: job.deliver()
 
@@ -103,6 +104,8 @@ class StreamedJob:
         self.after(timeline.default, self.streams.step)
         with timeline.on(self.streams.step):
             self.engine.extend([member for member in members if member.name not in self.frozen], self.state)
+            if self.overlap:
+                self.engine.overlap_forward(self.model)
             if not reduce_gradients:
                 for _ in range(9):  # calls 1, 2, 4, 8 compare the gradients of the ranks, on the host
                     self.engine.source.view()

@@ -29,6 +29,7 @@ ORDINARY = ("one", "all_apart")
 CASES: dict[str, tuple[str, ...]] = {
     "plain": SPLIT,
     "a world of one": SPLIT,
+    "gathers under the next forward": SPLIT,
     "two rounds of reductions": ORDINARY,
     "accumulated under no_sync": ("all_apart",),
     "clipped": ORDINARY,
@@ -70,6 +71,7 @@ def _job(case: str) -> Callable[..., StreamedJob]:
     arguments: dict[str, dict[str, Any]] = {
         "plain": {},
         "a world of one": {"world_size": 1},
+        "gathers under the next forward": {"overlap": True},
         "two rounds of reductions": {"backward": lambda job: [job.deliver(), job.deliver()]},
         "accumulated under no_sync": {"backward": StreamedJob.accumulate},
         "clipped": {"between": StreamedJob.clip},
