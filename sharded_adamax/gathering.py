@@ -4,7 +4,7 @@
 for all. With it, all-gathers start when every bucket is updated, the one that the forward pass needs first goes first,
 and `step` waits for none. Until a bucket has arrived its parameters are late, see [Note: late parameter] in late.py:
 whoever needs one waits for its bucket. The next step waits for what nobody needed. On a GPU it is a stream that waits,
-see [Note: stream] in streams.py, and what one has waited for another has not: a module asks again for its own.
+see [Note: stream] in streams.py; another follows when it runs a module.
 
 The order is that in which buckets were awaited since the last step on the first rank; the vote of the step tells the
 others, so that all issue their all-gathers in one order, also where ranks run different modules.
@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from sharded_adamax import streams
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
-from sharded_adamax.late import make_late, make_plain
+from sharded_adamax.late import ask_to_follow, make_late, make_plain
 from sharded_adamax.pending import LostRankError, Pending
 
 
@@ -90,6 +90,7 @@ class OverlappedGathering(ParameterGathering):
         super().__init__(group)
         self._updated: dict[int, tuple[Bucket, int]] = {}  # since the last step, with the step
         self._awaited: list[int] = []  # since the last step, in this order
+        self._abreast: set[torch.Stream | None] = set()  # streams that have waited for all that any has waited for
         self._lock = threading.RLock()  # autograd's threads may be the first to look at a parameter
         self._error: LostRankError | None = None
 
@@ -102,6 +103,8 @@ class OverlappedGathering(ParameterGathering):
             bucket, step = self._updated[index]
             self._launch(index, bucket, step)
             make_late(bucket.params, partial(self.wait, index))
+        if self._updated and self._here() is not None:
+            ask_to_follow(self)
         self._updated.clear()
 
     def settle(self) -> None:
@@ -121,7 +124,7 @@ class OverlappedGathering(ParameterGathering):
             LostRankError: A rank is missing. Whoever looks at one of these parameters later gets the same error.
         """
         gather = self._gathers[index]
-        here = streams.current(gather.bucket.flat_param.device)
+        here = self._here()
         with self._lock:
             if here in gather.streams:
                 return
@@ -134,8 +137,25 @@ class OverlappedGathering(ParameterGathering):
                 raise
             if not gather.streams:
                 self._awaited.append(index)
-                make_plain(gather.bucket.params, ask_again=here is not None)
+                self._abreast &= {here}
+                make_plain(gather.bucket.params)
             gather.streams.add(here)
+
+    def follow(self) -> None:
+        """Make the current stream wait for all that other streams have waited for. Local."""
+        here = self._here()
+        if here in self._abreast:
+            return
+        with self._lock:
+            for gather in self._gathers.values():
+                if gather.streams:
+                    self.wait(gather.index)
+            self._abreast.add(here)
+
+    def _here(self) -> torch.Stream | None:
+        """Return the current stream of the device that all parameters are on."""
+        first = next(iter(self._gathers.values()))
+        return streams.current(first.bucket.flat_param.device)
 
 
 def _places(order: Sequence[int]) -> Callable[[int], tuple[int, int]]:

@@ -12,6 +12,9 @@ materialised.
 C++ code that is handed a parameter without any torch function does not ask. So a module waits for its own parameters
 before it runs; and because compiled code asks at its entrance only, that waits for all parameters behind it. What
 nobody can see is memory used behind torch's back: a tensor that was made from ``p.data`` before the step.
+
+On a GPU it is a stream that waits, and others have not waited with it. But for them, too, a parameter that has arrived
+is a plain one. So a module, before it runs, makes its stream follow those that have waited.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import copy
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +33,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # Late parameter -> what waits until it is there, and makes it plain.
 _arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# Plain parameter -> what makes another stream wait for it, too. Empty where there are no streams.
-_asked_again: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class Follower(Protocol):
+    """Knows which stream of a device has waited for what."""
+
+    def follow(self) -> None:
+        """Make the current stream wait for all that other streams have waited for."""
+
+
+# Empty where there are no streams.
+_followers: WeakSet[Follower] = WeakSet()
 
 # What does not look at the values of a tensor.
 _ATTRIBUTES = (
@@ -80,6 +93,11 @@ def _late_class(arrived_class: type[Tensor]) -> type[Tensor]:
     return late
 
 
+def ask_to_follow(follower: Follower) -> None:
+    """Let modules that wait, and whoever looks at a late parameter, call `Follower.follow` before."""
+    _followers.add(follower)
+
+
 def make_late(params: Iterable[Tensor], arrive: Callable[[], None]) -> None:
     """Let everybody who looks at the values of ``params`` call ``arrive`` first, which must make them plain again."""
     for param in params:
@@ -87,17 +105,11 @@ def make_late(params: Iterable[Tensor], arrive: Callable[[], None]) -> None:
         param.__class__ = _late_class(type(param))
 
 
-def make_plain(params: Iterable[Tensor], *, ask_again: bool) -> None:
-    """Give ``params`` their own class back, those that are late.
-
-    Args:
-        ask_again: Whether modules go on to call what waits for them: their stream may be another.
-    """
+def make_plain(params: Iterable[Tensor]) -> None:
+    """Give ``params`` their own class back, those that are late."""
     for param in params:
         if isinstance(param, _Late):
-            arrive = _arrivals.pop(param)  # type: ignore[no-untyped-call]
-            if ask_again:
-                _asked_again[param] = arrive
+            del _arrivals[param]
             param.__class__ = param.arrived_class  # type: ignore[assignment]
 
 
@@ -107,14 +119,14 @@ def wait_for(values: Iterable[object]) -> None:
     Raises:
         LostRankError: The rank that has one of them is missing.
     """
+    if _followers:
+        for follower in list(_followers):
+            follower.follow()
     for value in values:
-        arrive: Callable[[], None] | None = None
         if isinstance(value, _Late):
-            arrive = _arrivals.get(value)  # type: ignore[no-untyped-call]
-        elif _asked_again and isinstance(value, Tensor):
-            arrive = _asked_again.get(value)  # type: ignore[no-untyped-call]
-        if arrive is not None:  # otherwise another thread is making it plain
-            arrive()
+            arrive: Callable[[], None] | None = _arrivals.get(value)  # type: ignore[no-untyped-call]
+            if arrive is not None:  # otherwise another thread is making it plain
+                arrive()
 
 
 def await_in_forward(model: nn.Module) -> None:

@@ -60,7 +60,8 @@ class _TwoBranches(nn.Module):
         with timeline.on(self._streams.branch):
             self._streams.branch.wait_stream(self._streams.model)
             right: Tensor = self.right_out(self.right_in(inputs))
-        left: Tensor = self.left_out(self.left_in(inputs))
+        # As MultiheadAttention has it: parameters of a child that is not run.
+        left = nn.functional.linear(self.left_in(inputs), self.left_out.weight, self.left_out.bias)
         self._streams.model.wait_stream(self._streams.branch)
         right.record_stream(timeline.current)  # type: ignore[arg-type]
         return left + right

@@ -134,7 +134,7 @@ def _site() -> str:
     while frame.f_back is not None:
         path = Path(frame.f_code.co_filename)
         if path.parent == PACKAGE:
-            lines.append(f"{path.name}:{frame.f_lineno}")
+            lines.append(f"{path.name}:{frame.f_lineno}:{frame.f_code.co_name}")
         frame = frame.f_back
     return " < ".join(lines)
 

@@ -94,20 +94,41 @@ def _job(case: str) -> Callable[..., StreamedJob]:
 
 def _is_missed(trace: list[races.Event], precaution: frozenset[int]) -> bool:
     """Return whether something can go wrong without a precaution."""
+    act = trace[min(precaution)]
+    assert isinstance(act, races.Wait | races.Hold)
     if races.findings(trace, precaution):
         return True
-    # The word to the allocator of one stream may be covered by that of the next one to use the memory. But who holds it
-    # may let go at any time, an exception may make him, and then it is needed.
+    if isinstance(act, races.Hold):
+        return _is_missed_if_let_go(trace, act, precaution)
+    # `follow` waits for all that other streams have waited for, whatever the module uses: it is one precaution.
+    return ":follow" in act.site and bool(races.findings(trace, _at_once(trace, act, min(precaution))))
+
+
+def _is_missed_if_let_go(trace: list[races.Event], hold: races.Hold, precaution: frozenset[int]) -> bool:
+    """Return whether a word to the allocator is missed when the memory is let go after the stream's next use of it.
+
+    Later the word of the next stream to use it may cover this one. But an exception may make its holder let go.
+    """
     place = min(precaution)
-    hold = trace[place]
-    if not isinstance(hold, races.Hold):
-        return False
     for use, event in enumerate(trace[place:], place):
         if isinstance(event, races.Access) and event[:2] == hold[:2]:
             let_go = [*trace[: use + 1], races.Free(hold.storage)]
             so_far = frozenset(i for i in precaution if i <= use)
             return not races.findings(let_go) and bool(races.findings(let_go, so_far))
     return False
+
+
+def _at_once(trace: list[races.Event], wait: races.Wait, place: int) -> frozenset[int]:
+    """Return the waits of the same line of the package that a stream has without doing anything between them."""
+    uses = [i for i, event in enumerate(trace) if isinstance(event, races.Access) and event.stream == wait.stream]
+    start = max((i for i in uses if i < place), default=0)
+    stop = min((i for i in uses if i > place), default=len(trace))
+    same = (i for i in range(start, stop) if isinstance(trace[i], races.Wait) and trace[i][0::2] == wait[0::2])
+    return frozenset(same)
+
+
+def _lines(act: Any) -> list[str]:
+    return [place.rpartition(":")[0] for place in act.site.split(" < ")]
 
 
 def _num_holds(trace: list[races.Event]) -> int:
@@ -130,7 +151,7 @@ def _try_all() -> dict[str, Result]:
             host_waits,
             len(precautions),
             [str(trace[min(precaution)]) for precaution, is_missed in missed.items() if not is_missed],
-            {line for p in precautions if missed[p] for line in trace[min(p)].site.split(" < ")},  # type: ignore[union-attr]
+            {line for p in precautions if missed[p] for line in _lines(trace[min(p)])},
             _num_holds(trace) / NUM_STEPS / len(job.engine.buckets),
         )
     return results | _controls()
