@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,7 @@ LOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "as a list": lambda model: [torch.tensor(p.tolist()) for p in model.parameters()],
     "numpy": lambda model: [torch.tensor(p.detach().numpy()) for p in model.parameters()],
     "by its address": lambda model: [
-        torch.frombuffer((__import__("ctypes").c_float * p.numel()).from_address(p.data_ptr()), dtype=torch.float32)
+        torch.frombuffer((ctypes.c_float * p.numel()).from_address(p.data_ptr()), dtype=torch.float32)
         for p in model.parameters()
     ],
     "an average": lambda model: list(torch.optim.swa_utils.AveragedModel(model).module.parameters()),
@@ -144,8 +146,6 @@ class _Twice(torch.autograd.Function):
 
 
 def _pickled(model: nn.Module) -> nn.Module:
-    import io
-
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -233,14 +233,24 @@ def _in_any_order() -> None:
     launched = veil(twins.optimizer)
     twins.optimizer.overlap_forward(twins.model)
     assert len(twins.optimizer.layout.buckets) == 5
-    orders = []
+    gathering = engine_of(twins.optimizer).gathering
     for step in range(6):
-        twins.train(1, step_backward, first_step=step)
-        orders.append(launched.copy())
-        launched.clear()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, orders)
-    assert all(other == gathered[0] for other in gathered), "all ranks gather in one order"
+        twins.feed_twin(step, step_backward)
+        step_backward(twins.model, step, dist.get_rank())
+        gathering.settle()
+        wanted = gathering.wanted_order().copy()
+        twins.optimizer.step()
+        under_way: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(under_way, (wanted, list(gathering._under_way)))
+        first_wanted, first_gathers = under_way[0]
+        assert all(gathers == first_gathers for _, gathers in under_way), "all ranks gather in one order"
+        assert first_gathers == [index for index in first_wanted if index in first_gathers] or step == 0
+        assert step == 0 or any(other != first_wanted for other, _ in under_way[1:])
+        twins.reference.step()
+        twins.optimizer.zero_grad()
+        twins.reference.zero_grad()
+    assert len(launched) > 15
+    twins.compare("at the end")
 
 
 def test_ranks_that_run_different_modules_gather_in_one_order(ranks: Pool) -> None:
@@ -419,6 +429,38 @@ def _train_compiled(way: str) -> None:
 @pytest.mark.parametrize("way", COMPILED)
 def test_compiled_code_never_reads_a_late_parameter(ranks: Pool, way: str) -> None:
     ranks.run(2, _train_compiled, way)
+
+
+class ByAddress(nn.Module):
+    """Reads its parameter as C++ code does that knows nothing of torch functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(300.0))
+        self.address = 0
+
+    def forward(self) -> Tensor:
+        seen = torch.tensor(list((ctypes.c_float * 300).from_address(self.address)))
+        return self.weight.sum() + seen.sum()
+
+
+def _by_address() -> None:
+    inner = ByAddress()
+    model = nn.ModuleList([inner])
+    optimizer = ShardedAdamax(model.parameters())
+    inner.address = inner.weight.data_ptr()
+    optimizer.overlap_forward(model)
+    veil(optimizer)
+    for _ in range(3):
+        loss = inner()
+        assert loss == 2 * inner.weight.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_module_waits_for_its_own_parameters_before_it_runs(ranks: Pool) -> None:
+    ranks.run(2, _by_address)
 
 
 def _only_one_rank() -> str:
