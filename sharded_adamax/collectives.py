@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending
+from sharded_adamax import streams
+from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending, Queued
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ class LocalGroup(Group):
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         self.traffic.record("reduce_scatter", 0)
-        return Done(bucket)
+        return Queued(bucket, streams.current(bucket.device))
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         self.traffic.record("all_gather", 0)

@@ -269,7 +269,7 @@ def _in_forward_order() -> None:
     for _ in range(3):
         model(torch.ones(3)).sum().backward()
         optimizer.step()
-        seen.append(list(engine_of(optimizer).gathering._under_way))
+        seen.append([index for index, gather in engine_of(optimizer).gathering._gathers.items() if not gather.streams])
         optimizer.zero_grad()
     assert len(launched) == 15
     assert seen[0] == [4, 3, 2, 1, 0], "a guess before the first forward: as registered"
