@@ -91,6 +91,14 @@ class Report:
             rows[name] = row
         self._result[title] = {**facts, "rows": rows}
 
+    def figures(self, title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Print single figures, a row for each name; all rows have the same columns."""
+        columns = [*next(iter(rows.values()))]
+        print(f"\n{title}\n{'':36}" + "".join(f" {column:>12}" for column in columns))
+        for name, row in rows.items():
+            print(f"{name:36}" + "".join(f" {row[column]:12.4g}" for column in columns), flush=True)
+        self._result[title] = {"rows": {name: dict(row) for name, row in rows.items()}}
+
     def close(self) -> None:
         """Print the load in the end, and write the file."""
         self._result["machine"]["load_after"] = os.getloadavg()
