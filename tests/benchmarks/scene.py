@@ -76,10 +76,11 @@ class Scene:
         trained = [name for name in self.blocks if name != COMPUTE]
         reference = DDP if DDP in trained else trained[0]
         for name in trained:
-            pairs = zip(self.losses(name), self.losses(reference), strict=True)
-            apart = max(abs(mine - its) for mine, its in pairs)
-            if not apart < LOSS_TOLERANCE:  # NaN is not
-                raise RuntimeError(f"{name} does not train as {reference} does: losses are up to {apart:.1e} apart")
+            for step, (mine, its) in enumerate(zip(self.losses(name), self.losses(reference), strict=True)):
+                if not abs(mine - its) < LOSS_TOLERANCE:  # NaN is not
+                    raise RuntimeError(
+                        f"{name} does not train as {reference} does: its loss in step {step} is {mine}, not {its}"
+                    )
 
 
 def measure(scene: Scene, hosts: Sequence[Host], work: Work, names: Sequence[str], schedule: Schedule) -> None:

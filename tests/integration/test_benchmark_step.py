@@ -35,7 +35,7 @@ def test_the_benchmark_of_the_step_reports_time_bytes_and_memory(tmp_path: Path)
         assert min(held.values()) > 0, (name, held)
     assert times[OURS]["ours / this"]["median"] == times[COMPUTE]["this / limit"]["median"] == 1
     # An all-reduce and a reduce-scatter with an all-gather send the same bytes; the computation sends none.
-    assert rest[COMPUTE]["MiB sent"] == 0
+    assert rest[COMPUTE]["MiB sent"] < 1e-3  # the barriers before and after
     assert rest[OURS]["MiB sent"] == pytest.approx(rest[DDP]["MiB sent"], rel=0.1)
     assert rest[OURS]["MiB held"] < rest[DDP]["MiB held"]
     losses = written["step: 2 ranks, loopback"]["losses"]
