@@ -46,8 +46,7 @@ def tell(report: Report, scene: Scene, num_params: int) -> None:
         ours=scene.ours,
         bytes_of_a_step_on_the_wire=f"{1e3 * wire_seconds:.0f} ms",
         load_before_and_after=scene.load,
-        left_out=scene.left_out,
-        losses={name: scene.losses(name) for name in scene.blocks},
+        left_out=scene.left_out or "none",
     )
     report.figures(
         f"bytes: {scene.title}",
@@ -80,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument(
-        "--links", type=_link, nargs="+", default=[None, 1000.0, 200.0, 5000.0], help="Mbit/s, or the word loopback"
+        "--links", type=_link, nargs="+", default=[None, 5000.0, 1000.0, 200.0], help="Mbit/s, or the word loopback"
     )
     parser.add_argument(
         "--contenders", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), metavar="NAME", help="default: all"

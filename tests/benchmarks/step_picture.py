@@ -12,7 +12,8 @@ from tests.benchmarks.links import name_of
 from tests.benchmarks.scene import Scene
 
 MIB = 1 << 20
-OURS_COLOR, PEER_COLOR, LIMIT_COLOR = "#c44e52", "#9ecae1", "#333333"
+OURS_COLOR, PEER_COLOR, LIMIT_COLOR = "#e08e79", "#9ecae1", "#333333"
+STYLES = {"forward and backward": ":", "its bytes at the rate of the link": "--"}
 
 
 def draw(scenes: Sequence[Scene], num_params: int, path: Path) -> None:
@@ -36,7 +37,9 @@ def draw(scenes: Sequence[Scene], num_params: int, path: Path) -> None:
             axis.set_title(f"{ranks} ranks, {name_of(rate)}", fontsize=9)
         _draw_memory(row[-1], next(iter(by_rate.values())), num_params)
     grid[0][0].invert_yaxis()
-    figure.tight_layout()
+    lines = [pyplot.Line2D([], [], color=LIMIT_COLOR, linestyle=style, linewidth=1) for style in STYLES.values()]
+    figure.legend(lines, list(STYLES), fontsize=8, loc="lower center", ncols=2, title="No step is faster than")
+    figure.tight_layout(rect=(0, 0.15 / len(all_ranks), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -45,9 +48,8 @@ def _bars(axis: Any, names: Sequence[str], values: Sequence[float]) -> None:
     colors = [OURS_COLOR if name in (OURS, OVERLAPPING) else PEER_COLOR for name in names]
     axis.barh(names, values, color=colors, height=0.7)
     for name, value in zip(names, values, strict=True):
-        axis.text(value, name, f" {value:.0f}", va="center", fontsize=7)
+        axis.text(0, name, f" {value:.0f}", va="center", fontsize=7)
     axis.tick_params(labelsize=7)
-    axis.set_xlim(0, 1.18 * max(values))
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
@@ -60,14 +62,11 @@ def _draw_times(axis: Any, scene: Scene, num_params: int) -> None:
     for name, median in zip(names, medians, strict=True):
         low, high = min(milliseconds[name]), max(milliseconds[name])
         axis.errorbar(median, name, xerr=[[median - low], [high - median]], color=LIMIT_COLOR, linewidth=0.8)
-    limits = {
-        "compute": statistics.median(milliseconds.get(COMPUTE, [0.0])),
-        "bytes": 1e3 * scene.wire_seconds(num_params),
-    }
-    for (what, limit), style in zip(limits.items(), (":", "--"), strict=True):
+    compute = statistics.median(milliseconds.get(COMPUTE, [0.0]))
+    limits = dict(zip(STYLES, (compute, 1e3 * scene.wire_seconds(num_params)), strict=True))
+    for what, limit in limits.items():
         if limit:
-            axis.axvline(limit, color=LIMIT_COLOR, linestyle=style, linewidth=1, label=what)
-    axis.legend(fontsize=6, loc="lower right", title="no step is faster than", title_fontsize=6)
+            axis.axvline(limit, color=LIMIT_COLOR, linestyle=STYLES[what], linewidth=1)
     axis.set_xlabel("ms a step", fontsize=8)
 
 
