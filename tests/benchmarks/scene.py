@@ -74,7 +74,7 @@ class Scene:
     def check(self) -> None:
         """Raise RuntimeError if contenders did not train the same model in the same way."""
         trained = [name for name in self.blocks if name != COMPUTE]
-        reference = DDP if DDP in trained else trained[0]
+        reference = DDP if DDP in trained else next(iter(trained), DDP)
         for name in trained:
             for step, (mine, its) in enumerate(zip(self.losses(name), self.losses(reference), strict=True)):
                 if not abs(mine - its) < LOSS_TOLERANCE:  # NaN is not
@@ -89,7 +89,7 @@ def measure(scene: Scene, hosts: Sequence[Host], work: Work, names: Sequence[str
     with _teams(scene, hosts, work, names) as teams:
         for number in range(schedule.rounds):
             _progress(f"{scene.title}: round {number + 1} of {schedule.rounds}")
-            first = number % len(teams)  # so that no one always comes after the same
+            first = number % max(1, len(teams))  # so that no one is always the first
             for team in [*teams[first:], *teams[:first]]:
                 scene.blocks[team.contender].append(team.ask("train", schedule.warm_up, schedule.steps))
         for team in teams:

@@ -117,6 +117,9 @@ def main() -> None:
                     print(f"\n{scene.title}: not measured: {error}")
                     continue
                 measure(scene, hosts, work, options.contenders, schedule)
+            if not scene.blocks:
+                print(f"\n{scene.title}: not measured: {scene.left_out}")
+                continue
             tell(report, scene, num_params)
             scenes.append(scene)
     if options.tiny:
