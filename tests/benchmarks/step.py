@@ -77,7 +77,7 @@ def _link(text: str) -> float | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], help="none: only the tiny parameters")
     parser.add_argument(
         "--links", type=_link, nargs="+", default=[None, 5000.0, 1000.0, 200.0], help="Mbit/s, or the word loopback"
     )
