@@ -155,7 +155,7 @@ def _sent_so_far() -> dict[str, int]:
 def _serve(
     connection: Connection, host: Host, rank: int, world_size: int, store: str, contender: str, work: Work
 ) -> None:
-    """Be one rank: call methods of `_Rank` by name until None comes."""
+    """Be one rank: call methods of `_Rank` by name until this process is killed."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if host.namespace is not None:
@@ -163,8 +163,11 @@ def _serve(
     os.environ |= {"GLOO_SOCKET_IFNAME": host.interface, "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     served = _Rank(contender, work)
-    while (command := connection.recv()) is not None:
-        name, arguments = command
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:  # the coordinator is gone
+            os._exit(1)
         try:
             if not dist.is_initialized():
                 timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
@@ -177,7 +180,6 @@ def _serve(
         except Exception:
             answer = TeamFailed(f"{contender}, rank {rank}: {name}\n{traceback.format_exc()}")
         connection.send(answer)
-    os._exit(0)  # peers' libraries have threads and handlers that do not end by themselves
 
 
 def _enter(namespace: str) -> None:
