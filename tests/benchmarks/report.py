@@ -91,6 +91,11 @@ class Report:
             rows[name] = row
         self._result[title] = {**facts, "rows": rows}
 
+    def facts(self, **facts: object) -> None:
+        """Print and write what holds for all tables."""
+        print(*(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items()), sep="\n", flush=True)
+        self._result |= facts
+
     def figures(self, title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
         """Print single figures, a row for each name; all rows have the same columns."""
         columns = [*next(iter(rows.values()))]

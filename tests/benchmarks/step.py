@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.benchmarks import tiny
@@ -103,9 +104,13 @@ def main() -> None:
     schedule = Schedule(options.rounds, options.warm_up, options.steps)
     num_params = sum(param.numel() for param in make_model(work.sizes).parameters())
     report = Report(options.json)
-    print(f"deepspeed: {_version('deepspeed')}\n{num_params / 1e6:.2f} M parameters, fp32; {work}; {schedule}")
-    for name in options.contenders:
-        print(f"  {name}: {BY_NAME[name].settings}")
+    report.facts(
+        deepspeed=_version("deepspeed"),
+        parameters=f"{num_params / 1e6:.2f} M, float32",
+        work=asdict(work),
+        schedule=schedule._asdict(),
+        **{name: BY_NAME[name].settings for name in options.contenders},
+    )
     scenes = []
     for ranks in options.ranks:
         for rate_mbit in options.links:

@@ -22,6 +22,7 @@ def draw(scenes: Sequence[Scene], num_params: int, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     all_ranks = sorted({scene.ranks for scene in scenes})
     rates = list(dict.fromkeys(scene.rate_mbit for scene in scenes))
@@ -37,7 +38,7 @@ def draw(scenes: Sequence[Scene], num_params: int, path: Path) -> None:
             axis.set_title(f"{ranks} ranks, {name_of(rate)}", fontsize=9)
         _draw_memory(row[-1], next(iter(by_rate.values())), num_params)
     grid[0][0].invert_yaxis()
-    lines = [pyplot.Line2D([], [], color=LIMIT_COLOR, linestyle=style, linewidth=1) for style in STYLES.values()]
+    lines = [Line2D([], [], color=LIMIT_COLOR, linestyle=style, linewidth=1) for style in STYLES.values()]
     figure.legend(lines, list(STYLES), fontsize=8, loc="lower center", ncols=2, title="No step is faster than")
     figure.tight_layout(rect=(0, 0.15 / len(all_ranks), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)

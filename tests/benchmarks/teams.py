@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ NUM_BATCHES = 8  # that are trained on in turn
 MEMORY_STEPS = 3
 ACKNOWLEDGED_SECONDS = 0.1
 ANSWER_SECONDS = 600
-T = TypeVar("T")
 
 
 class TeamFailed(RuntimeError):

@@ -26,6 +26,7 @@ def test_the_benchmark_of_the_step_reports_time_bytes_and_memory(tmp_path: Path)
     )
     assert result.returncode == 0, result.stderr
     written = json.loads(path.read_text())
+    assert written["work"]["batch"] == 2 and written["schedule"]["rounds"] == ROUNDS and written[OURS]
     times, rest = (written[f"{what}: 2 ranks, loopback"]["rows"] for what in ("step", "bytes"))
     assert times.keys() == rest.keys() == {COMPUTE, OURS, DDP}
     for name, row in times.items():
