@@ -179,7 +179,7 @@ def _print_plans(plans: dict[str, Plan], gpu_bytes: float | None) -> None:
         _print_table(*report.sent(one))
     print()
     for note in report.notes(planned):
-        print(textwrap.fill(note, 100, initial_indent="- ", subsequent_indent="  "))
+        print(textwrap.fill(note, 80, initial_indent="- ", subsequent_indent="  "))
 
 
 def _inspect(options: argparse.Namespace) -> int:

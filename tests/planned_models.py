@@ -23,25 +23,49 @@ class TinyParameters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scales = nn.ParameterList([nn.Parameter(torch.ones(50)) for _ in range(500)])
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(50)) for _ in range(300)])
 
     def forward(self) -> Tensor:
         return sum((scale.sum() for scale in self.scales), torch.zeros(()))
 
 
+class Block(nn.Module):
+    """Attention and MLP, registered in the order in which they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(256)
+        self.attention = nn.MultiheadAttention(256, 4, batch_first=True)
+        self.norm2 = nn.LayerNorm(256)
+        self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm1(hidden)
+        hidden = hidden + self.attention(normed, normed, normed, need_weights=False)[0]
+        return hidden + self.mlp(self.norm2(hidden))
+
+
 class Transformer(nn.Module):
-    """Blocks of attention and MLP; their norms are registered after what uses them."""
+    """Blocks between an embedding and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(512, 256)
-        self.blocks = nn.Sequential(
-            *[nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True) for _ in range(3)]
-        )
+        self.blocks = nn.Sequential(*[self.block() for _ in range(3)])
         self.head = nn.Linear(256, 512, bias=False)
+
+    def block(self) -> nn.Module:
+        return Block()
 
     def forward(self) -> Tensor:
         return self.head(self.blocks(self.embedding(torch.tensor([[3]])))).sum()
+
+
+class PostNormTransformer(Transformer):
+    """Of torch's own layers, which register their norms behind what comes before them in backward."""
+
+    def block(self) -> nn.Module:
+        return nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
 
 
 class LargeLayer(nn.Module):

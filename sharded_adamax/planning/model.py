@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,13 @@ class ModelShape:
     """A model without its values.
 
     [Note: order of gradients]  Backward is taken to make gradients ready in the reverse order of ``uses``, which is the
-    order in which the modules of the model were registered. A tied weight occurs there as often as it is used; its
-    gradient begins with the last use and is complete at the first.
+    order in which the modules of the model were registered. Each use is of one parameter, or of a weight and its bias,
+    whose gradients autograd makes together. A tied weight occurs as often as it is used; its gradient begins with the
+    last use and is complete at the first.
     """
 
     parameters: tuple[Parameter, ...]
-    uses: tuple[int, ...]  # indices into `trained`, in the order of the forward pass
+    uses: tuple[tuple[int, ...], ...]  # indices into `trained`, in the order of the forward pass
     buffer_bytes: int = 0  # of what the model keeps beside its parameters, such as running means
     assumption: str | None = None  # what was made up because it was not given
 
@@ -49,7 +51,7 @@ class ModelShape:
     @property
     def largest_in_autograd(self) -> int:
         """The most bytes that autograd holds of one gradient at a time: all three of a sum, for a tied weight."""
-        num_uses = Counter(self.uses)
+        num_uses = Counter(chain.from_iterable(self.uses))
         return max(size * (3 if num_uses[index] > 1 else 1) for index, size in enumerate(self.gradient_bytes))
 
     @property
@@ -113,7 +115,7 @@ def _of_module(model: nn.Module) -> ModelShape:
     names: dict[int, str] = {}
     parameters: list[Parameter] = []
     trained: dict[int, int] = {}  # id of a parameter -> index into ModelShape.trained
-    uses: list[int] = []
+    uses: list[tuple[str, int]] = []
     for name, param in model.named_parameters(remove_duplicate=False):
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet: give the lazy modules their sizes")
@@ -123,9 +125,22 @@ def _of_module(model: nn.Module) -> ModelShape:
             if param.requires_grad:
                 trained[id(param)] = len(trained)
         if param.requires_grad:
-            uses.append(trained[id(param)])
+            uses.append((name, trained[id(param)]))
     buffer_bytes = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return ModelShape(tuple(parameters), tuple(uses), buffer_bytes)
+    return ModelShape(tuple(parameters), with_biases(uses), buffer_bytes)
+
+
+def with_biases(uses: Sequence[tuple[str, int]]) -> tuple[tuple[int, ...], ...]:
+    """Return the indices of ``(name, index)`` pairs, a weight and the bias behind it as one.
+
+    Example: ("a.weight", 0), ("a.bias", 1), ("b.weight", 2) are (0, 1), (2,).
+    """
+    grouped: list[tuple[int, ...]] = []
+    awaited = None  # the name of the bias that goes with the weight before
+    for name, index in uses:
+        grouped.append((*grouped.pop(), index) if name == awaited else (index,))
+        awaited = "bias".join(name.rsplit("weight", 1)) if "weight" in name else None
+    return tuple(grouped)
 
 
 def _of_shapes(shapes: Sequence[object], dtype: torch.dtype) -> ModelShape:
@@ -134,7 +149,7 @@ def _of_shapes(shapes: Sequence[object], dtype: torch.dtype) -> ModelShape:
         if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise ValueError(f"expected shapes as sequences of sizes of at least 0, got {shape!r} at index {index}")
         parameters.append(Parameter(ParamSpec(f"parameter {index}", tuple(shape), dtype), is_trained=True))
-    return ModelShape(tuple(parameters), tuple(range(len(parameters))))
+    return ModelShape(tuple(parameters), tuple((index,) for index in range(len(parameters))))
 
 
 def _of_number(num_params: float, dtype: torch.dtype, bucket_bytes: int) -> ModelShape:

@@ -6,8 +6,9 @@ held for longer there, or for less long, the counts of tests/distributed/test_pl
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -101,25 +102,22 @@ class _Timeline:
             self._shards -= bucket.shard
 
     def _backward(self) -> None:
-        remaining = [0] * len(self._gradient_bytes)
-        for param in self._uses:
-            remaining[param] += 1
-        has_begun = [False] * len(remaining)
-        for param in reversed(self._uses):
-            when = f"backward, gradients of bucket {self._bucket_of[param] + 1}"
-            if has_begun[param]:
-                # A tied weight: the next gradient, and a new tensor for the sum. Autograd adds in place where the first
-                # gradient allows it; that of a linear layer, which is what most ties end with, does not.
-                self._note(when, 2 * self._gradient_bytes[param])
-            else:
-                has_begun[param] = True
-                self._gradients += self._gradient_bytes[param]
-                self._note(when)
-            remaining[param] -= 1
-            if not remaining[param]:
-                self._num_missing[self._bucket_of[param]] -= 1
-            while self._num_launched < len(self._buckets) and not self._num_missing[self._num_launched]:
-                self._launch_next()
+        remaining = Counter(chain.from_iterable(self._uses))
+        begun: set[int] = set()
+        for params in reversed(self._uses):
+            when = f"backward, gradients of bucket {self._bucket_of[params[0]] + 1}"
+            # A tied weight: the next gradient, and a new tensor for the sum. Autograd adds in place where the first
+            # gradient allows it; that of a linear layer, which is what most ties end with, does not.
+            added = sum(2 * self._gradient_bytes[param] for param in params if param in begun)
+            self._gradients += sum(self._gradient_bytes[param] for param in params if param not in begun)
+            begun.update(params)
+            self._note(when, added)
+            for param in reversed(params):
+                remaining[param] -= 1
+                if not remaining[param]:
+                    self._num_missing[self._bucket_of[param]] -= 1
+                while self._num_launched < len(self._buckets) and not self._num_missing[self._num_launched]:
+                    self._launch_next()
 
     def _launch_next(self) -> None:
         index = self._num_launched
