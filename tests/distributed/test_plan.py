@@ -52,9 +52,9 @@ def _train(
     if scheme == "sharded_adamax":
         optimizer = ShardedAdamax(model.parameters(), bucket_mib=1, **settings)
     elif scheme == "zero":
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adamax)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adamax, **settings)
     else:
-        optimizer = torch.optim.Adamax(model.parameters())
+        optimizer = torch.optim.Adamax(model.parameters(), **settings)
     for _ in range(NUM_STEPS):
         forward().backward()
         optimizer.step()
@@ -138,12 +138,18 @@ PRECISIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_so_they_are_in_every_precision_and_beside_ddp(ranks: Pool) -> None:
-    by_rank = ranks.run(2, _count_precisions, LargeLayer, PRECISIONS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_so_they_are_in_every_precision_and_beside_ddp(ranks: Pool, world_size: int) -> None:
+    by_rank = ranks.run(world_size, _count_precisions, LargeLayer, PRECISIONS)
     for case, counted in zip(PRECISIONS, zip(*by_rank, strict=True), strict=True):
         settings = {key: value for key, value in case.items() if key != "dtype"}
         planned = plan(
-            _on_meta(LargeLayer), world_sizes=[2], param_dtype=case.get("dtype"), bucket_mib=1, device="cpu", **settings
+            _on_meta(LargeLayer),
+            world_sizes=[world_size],
+            param_dtype=case.get("dtype"),
+            bucket_mib=1,
+            device="cpu",
+            **settings,
         )
         predicted = planned.rows[0].sharded_adamax
         for each in counted:
@@ -152,6 +158,20 @@ def test_so_they_are_in_every_precision_and_beside_ddp(ranks: Pool) -> None:
             _assert_held(each, predicted)
             if settings.get("reduce_gradients", True):
                 assert each.sent == predicted.sent_per_step
+
+
+def _count_foreach(model_class: type[nn.Module], schemes: list[Scheme]) -> list[Counted]:
+    return [_count(model_class, scheme, foreach=True) for scheme in schemes]
+
+
+def test_peers_on_cuda_are_taken_with_foreach_which_copies_all_gradients_it_updates(ranks: Pool) -> None:
+    row = plan(_on_meta(Transformer), world_sizes=[2], device="cuda").rows[0]
+    schemes: list[Scheme] = ["ddp", "zero"]
+    by_rank = ranks.run(2, _count_foreach, Transformer, schemes)
+    for scheme, counted in zip(schemes, zip(*by_rank, strict=True), strict=True):
+        predicted = row.of(scheme)
+        assert predicted is not None and predicted.peak_at == "step"
+        _assert_near(max(each.peak for each in counted), predicted.peak, TOLERANCE_OF_PEERS)
 
 
 def _order_of_gradients(model: nn.Module) -> list[tuple[str, int]]:
