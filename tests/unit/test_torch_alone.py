@@ -8,10 +8,10 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "triton"):
+for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "transformers", "triton"):
     sys.modules[name] = None  # an import of it raises
 import torch
-from sharded_adamax import CheckpointManager, ShardedAdamax, load, save
+from sharded_adamax import CheckpointManager, ShardedAdamax, load, plan, save
 
 model = torch.nn.Linear(7, 5)
 optimizer = ShardedAdamax(model.named_parameters())
@@ -24,6 +24,7 @@ assert load(sys.argv[1] + "/one", model, optimizer, restore_rng=True) == {"epoch
 manager = CheckpointManager(sys.argv[1] + "/many")
 manager.save(2, model, optimizer)
 assert manager.restore(model, optimizer) == (2, None)
+assert plan(model).rows[0].sharded_adamax.state == optimizer.held_bytes().state
 assert optimizer.full_state_dict()["state"][0]["step"] == 2
 """
 
