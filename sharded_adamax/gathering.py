@@ -64,7 +64,7 @@ class ParameterGathering:
             self._under_way[index] = self.group.all_gather(bucket.flat_param)
 
     def _wait(self, index: int) -> None:
-        with record_function(f"sharded_adamax::wait gather bucket {index}"):
+        with self.group.traffic.waiting("all_gather", f"gather bucket {index}"):
             self._under_way[index].wait(f"the all-gather of bucket {index}, step {self._step}")
         del self._under_way[index]
 
