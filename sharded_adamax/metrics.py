@@ -64,17 +64,15 @@ def of_all_ranks(engine: Engine) -> dict[str, float]:
 def _read(engine: Engine) -> tuple[float | None, float]:
     """Return the norm of the last gradient, if there is one, and the largest exp_inf, in one go."""
     values = []
-    if engine.grad_norm is not None:
-        values.append(engine.grad_norm.double())
     for bucket in engine.buckets:
         exp_inf = torch.view_as_real(bucket.exp_inf) if bucket.exp_inf.is_complex() else bucket.exp_inf
         values.append(exp_inf.amax().double())
-    if not values:
-        return None, 0.0
-    device = values[-1].device  # a norm of no gradients at all is on the CPU
-    numbers: list[float] = torch.stack([value.to(device) for value in values]).tolist()
-    grad_norm = None if engine.grad_norm is None else numbers.pop(0)
-    return grad_norm, _max(numbers)
+    norm = engine.grad_norm
+    if norm is not None:
+        # The norm of no gradients at all is on the CPU; a sum is on the device.
+        values.append(values[0].new_zeros(()) + norm if values else norm.double())
+    numbers: list[float] = torch.stack(values).cpu().tolist() if values else []
+    return None if norm is None else numbers.pop(), _max(numbers)
 
 
 def _max(values: Iterable[float]) -> float:

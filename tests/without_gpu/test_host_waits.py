@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from sharded_adamax import metrics
+
 NOTHING: dict[str, float] = {}
 ONE_VALUE = {"value read": 1.0}
 
@@ -27,6 +29,7 @@ CASES: dict[str, dict[str, float]] = {
     "clipped, error_if_nonfinite": ONE_VALUE,
     "lr as a tensor on the device, foreach": {"copy to the host": 1.0},  # torch reads it, too
     "lr as a tensor on the device, loop": {"copy to the host": 1.0},
+    "metrics read": {"copy to the host": 1.0},
     # The count finds what it is there to find.
     "control: a value read": ONE_VALUE,
     "control: a copy to the host": {"copy to the host": 1.0},
@@ -68,6 +71,8 @@ def _waits(directory: Path) -> dict[str, dict[str, float]]:
             job.group["lr"] = torch.empty((), device="cuda")
         found[f"lr as a tensor on the device, {name}"] = job.waits_per_step()
 
+    job = Job(f32)
+    found["metrics read"] = job.waits_per_step(lambda: (job.clip(), metrics.of_rank(job.engine)))
     job = Job(f32)
     found["control: a value read"] = job.waits_per_step(lambda: job.inputs.sum().item())
     job = Job(f32)
