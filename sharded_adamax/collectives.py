@@ -15,9 +15,11 @@ independent of how parameters are packed into buckets.
 from __future__ import annotations
 
 import functools
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -25,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from sharded_adamax import streams
 from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued
@@ -41,14 +44,33 @@ PROBE_TAG = 1 << 25
 
 @dataclass
 class Traffic:
-    """What this rank asked of a group: calls by kind, and the bytes it handed over to be sent to other ranks."""
+    """What this rank asked of a group, by kind: calls, bytes handed over to be sent to other ranks, and waiting for it.
+
+    The time is that of the host: over NCCL it hardly waits, because the device does.
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
+    waited_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def record(self, kind: str, sent_bytes: int) -> None:
         self.calls[kind] += 1
         self.sent_bytes[kind] += sent_bytes
+
+    @contextmanager
+    def waiting(self, kind: str, what: str) -> Iterator[None]:
+        """Count the time inside, and name it to the profiler: "wait reduce bucket 3"."""
+        with record_function(f"sharded_adamax::wait {what}"):
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.waited_seconds[kind] += time.perf_counter() - start
+
+    def take_waited_seconds(self) -> dict[str, float]:
+        """Return the time waited since the last call, by kind."""
+        waited, self.waited_seconds = self.waited_seconds, defaultdict(float)
+        return waited
 
 
 class ControlPlane:
@@ -200,7 +222,8 @@ class ProcessGroup(Group):
 
     def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
         self.traffic.record("all_reduce", tensor.nbytes)
-        dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
+        with self.traffic.waiting("all_reduce", "all_reduce"):
+            dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
 
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         if self.rank != to:

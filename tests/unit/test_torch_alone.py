@@ -26,10 +26,18 @@ manager.save(2, model, optimizer)
 assert manager.restore(model, optimizer) == (2, None)
 assert plan(model).rows[0].sharded_adamax.state == optimizer.held_bytes().state
 assert optimizer.full_state_dict()["state"][0]["step"] == 2
+assert "40 parameters in 2 tensors" in str(optimizer.summary())
+assert optimizer.metrics()["shard_exp_inf_max"] > 0
+try:
+    optimizer.summary().draw("buckets.png")
+except ModuleNotFoundError as error:
+    assert str(error) == "a picture of a summary needs matplotlib: pip install 'sharded-adamax[demo]'"
+else:
+    raise AssertionError("drew without matplotlib")
 """
 
 
-def test_training_saving_and_restoring_need_torch_alone(tmp_path: Path) -> None:
+def test_training_saving_restoring_and_looking_at_it_need_torch_alone(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
     )
