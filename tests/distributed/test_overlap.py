@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sharded_adamax import ShardedAdamax, load, save
 from sharded_adamax.engine import Engine
+from sharded_adamax.gathering import ParameterGathering
 from sharded_adamax.late import _Late
 from sharded_adamax.pending import Pending
 from tests.distributed.models import SMALL_BUCKET_MIB, Net, Twins, fill_, straight_backward
@@ -223,6 +224,11 @@ class Branches(nn.Module):
         return x
 
 
+def _under_way(gathering: ParameterGathering) -> list[int]:
+    """Return the buckets that nobody has waited for, in the order of launching."""
+    return [index for index, gather in gathering._gathers.items() if not gather.streams]
+
+
 def _in_any_order() -> None:
     def step_backward(model: nn.Module, step: int, rank: int) -> None:
         generator = torch.Generator().manual_seed(100 * step + rank)
@@ -241,7 +247,7 @@ def _in_any_order() -> None:
         wanted = gathering.wanted_order().copy()
         twins.optimizer.step()
         under_way: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(under_way, (wanted, list(gathering._under_way)))
+        dist.all_gather_object(under_way, (wanted, _under_way(gathering)))
         first_wanted, first_gathers = under_way[0]
         assert all(gathers == first_gathers for _, gathers in under_way), "all ranks gather in one order"
         assert first_gathers == [index for index in first_wanted if index in first_gathers] or step == 0
@@ -269,7 +275,7 @@ def _in_forward_order() -> None:
     for _ in range(3):
         model(torch.ones(3)).sum().backward()
         optimizer.step()
-        seen.append([index for index, gather in engine_of(optimizer).gathering._gathers.items() if not gather.streams])
+        seen.append(_under_way(engine_of(optimizer).gathering))
         optimizer.zero_grad()
     assert len(launched) == 15
     assert seen[0] == [4, 3, 2, 1, 0], "a guess before the first forward: as registered"
