@@ -250,8 +250,8 @@ class GlooGroup(ProcessGroup):
         # Each row that arrives has memory of its own, so that one of them can become the result and the others go.
         values = {peer: torch.empty_like(rows[peer]) for peer in self._peers()}
         held_bytes = bucket.nbytes + (self.size - 2) * rows[0].nbytes
-        # The result takes the place of the first value that arrives from another rank: a + b has the bits of b + a, and
-        # fresh memory would cost more than the sum, because the kernel has to clear it page by page.
+        # The result takes the place of what the first other rank sends: a + b has the bits of b + a, and fresh memory
+        # would cost more than the sum, because the kernel has to clear it page by page.
         values[self.rank] = rows[self.rank]
         total, second = (values[1], values[0]) if self.rank == 0 else (values[0], values[1])
         others = [second, *(values[peer] for peer in range(2, self.size))]
