@@ -11,17 +11,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import string
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 # What a bucket lets through at once. Not below a large packet of TCP (64 KiB), which it would have to cut up; a
 # millisecond of the fastest rate in use is enough for the clock that fills it.
 BURST_SECONDS = 1e-3
 MIN_BURST_BYTES = 128 << 10
 QUEUE_MS = 50
+NAME = "sharded-adamax"
 
 _networks = itertools.count()
 
@@ -62,8 +65,9 @@ def linked_hosts(num_hosts: int, rate_mbit: float | None = None) -> Iterator[lis
             raise OSError(f"no {command} command (Debian: iproute2) to make network namespaces with")
     if os.geteuid() != 0:
         raise OSError("network namespaces need root")
+    _sweep()
     # Names are shared with all of the machine, addresses are not: a namespace has a network of its own.
-    network = f"sharded-adamax-{os.getpid()}-{next(_networks)}"
+    network = f"{NAME}-{os.getpid()}-{next(_networks)}"
     switch = f"{network}-switch"
     hosts = [
         Host(f"10.77.0.{number}", f"wire{letter}", f"{network}-{letter}")
@@ -78,6 +82,15 @@ def linked_hosts(num_hosts: int, rate_mbit: float | None = None) -> Iterator[lis
         for host in hosts:
             _connect(host, switch, rate_mbit)
         yield hosts
+
+
+def _sweep() -> None:
+    """Take away what is left of processes that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+    for namespace, pid in re.findall(rf"^({NAME}-(\d+)-\S+)", listed, re.MULTILINE):
+        if not Path("/proc", pid).exists():
+            with contextlib.suppress(OSError):  # another process sweeps at the same time
+                _run("ip", "netns", "delete", namespace)
 
 
 def _connect(host: Host, switch: str, rate_mbit: float | None) -> None:

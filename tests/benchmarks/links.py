@@ -170,9 +170,14 @@ def main() -> None:
         return
     for num_hosts in options.hosts:
         for rate_mbit in options.mbit:
-            with joined(num_hosts, rate_mbit) as hosts:
-                carried = carried_mbit(hosts)
-            print(f"{num_hosts} hosts, {name_of(rate_mbit)}: carried {carried:.0f} Mbit/s ({carried / rate_mbit:.3f})")
+            title = f"{num_hosts} hosts, {name_of(rate_mbit)}"
+            try:
+                with joined(num_hosts, rate_mbit) as hosts:
+                    carried = carried_mbit(hosts)
+            except OSError as error:
+                print(f"{title}: not measured: {error}")
+            else:
+                print(f"{title}: carried {carried:.0f} Mbit/s ({carried / rate_mbit:.3f})")
 
 
 if __name__ == "__main__":
