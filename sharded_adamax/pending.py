@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,27 +108,36 @@ class Message(NamedTuple):
     work: dist.Work
 
 
+class Part(NamedTuple):
+    """The messages that carry the same part of every row, and what is to be done when they are through."""
+
+    messages: list[Message]
+    then: Callable[[], None]
+
+
 @dataclass
 class Messages(Generic[T]):
-    """Point-to-point messages under way, and what to do when all have arrived."""
+    """Point-to-point messages under way. ``result`` is one when all parts are through."""
 
     rank: int
-    messages: list[Message]
-    finish: Callable[[], T]
+    parts: list[Part]
+    result: T
     held_bytes: int
 
     def wait(self, doing: str) -> T:
-        for message in self.messages:
-            try:
-                message.work.wait()
-            except RuntimeError as error:
-                raise LostRankError(self.rank, [message.peer], doing, error) from error
-        self.messages.clear()
-        return self.finish()
+        for part in self.parts:
+            for message in part.messages:
+                try:
+                    message.work.wait()
+                except RuntimeError as error:
+                    raise LostRankError(self.rank, [message.peer], doing, error) from error
+            part.then()
+        self.parts.clear()
+        return self.result
 
     def missing(self) -> list[int]:
         found: list[int] = []
-        for message in self.messages:
+        for message in itertools.chain.from_iterable(part.messages for part in self.parts):
             if message.is_arrival and message.peer not in found:
                 try:
                     message.work.wait(GLANCE)

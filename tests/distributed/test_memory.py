@@ -69,10 +69,13 @@ def _count_training(kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_peak_bytes_per_rank_are_those_of_the_formula(ranks: Pool, world_size: int) -> None:
-    # Parameters and state; while training also the gradient shard and what the buckets in flight send and receive.
+    # Parameters and state; while training also the gradient shard. Most is held when the last bucket but two is waited
+    # for: it and the next one are in flight, and the gradients of the last one are all there. For each bucket in flight
+    # that is what it sends and the rows that arrive, one of which becomes its shard. The other two have no shard yet.
     steady = PARAM_BYTES + 2 * PARAM_BYTES // world_size
-    in_flight = MAX_IN_FLIGHT * LAYER_BYTES * (2 * world_size - 1) // world_size
-    expected = steady + PARAM_BYTES // world_size + in_flight
+    shard_bytes = LAYER_BYTES // world_size
+    in_flight = MAX_IN_FLIGHT * (LAYER_BYTES + (world_size - 1) * shard_bytes)
+    expected = steady + (PARAM_BYTES // world_size - 3 * shard_bytes) + LAYER_BYTES + in_flight
     peaks = {}
     for kind in ("ShardedAdamax", "ZeroRedundancyOptimizer", "DDP + Adamax"):
         results = ranks.run(world_size, _count_training, kind)
@@ -82,7 +85,7 @@ def test_peak_bytes_per_rank_are_those_of_the_formula(ranks: Pool, world_size: i
         print(f"{world_size} ranks, {kind}: peak {peaks[kind] / PARAM_BYTES:.3f} P, after {after / PARAM_BYTES:.3f} P")
         if kind == "ShardedAdamax":
             for peak, after in results:
-                assert abs(peak - expected) <= 0.02 * expected, (peak / PARAM_BYTES, expected / PARAM_BYTES)
+                assert abs(peak - expected) <= 0.01 * expected, (peak / PARAM_BYTES, expected / PARAM_BYTES)
                 assert abs(after - steady) <= 0.02 * steady, (after / PARAM_BYTES, steady / PARAM_BYTES)
     assert peaks["ShardedAdamax"] < min(peaks["ZeroRedundancyOptimizer"], peaks["DDP + Adamax"])
 
