@@ -2,8 +2,8 @@
 
 [Note: who owns which memory]  The values of the parameters live in ``Bucket.flat_param``; each ``param.data`` is a
 view of it (with a storage of its own, see `_with_its_own_storage`), so that an all-gather writes straight into the
-tensors that the model uses. m and u exist only for the rank's own shard, and so does the master. Gradients have no home here: a bucket-sized buffer exists from the moment a
-bucket is complete until it is reduced.
+tensors that the model uses. m and u exist only for the rank's own shard, and so does the master. Gradients have no home
+here: a bucket-sized buffer exists from the moment a bucket is complete until it is reduced.
 
 [Note: master]  With a master dtype, parameters of 16 bits are updated in a copy of more bits, and are that copy
 rounded, bit for bit. So wherever a parameter is not its rounded master, somebody has written to the parameter since

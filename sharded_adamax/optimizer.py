@@ -169,6 +169,11 @@ class ShardedAdamax(torch.optim.Adamax):
         """Which rank owns what. Parameters that are frozen and never had a gradient are not in it."""
         return self._get_engine().layout
 
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether this optimizer averages the gradients over the ranks, or something else has to."""
+        return self._get_engine().settings.reduce_gradients
+
     def held_bytes(self) -> HeldBytes:
         """Return the bytes that this rank holds, counted from live tensors."""
         return self._get_engine().held_bytes()

@@ -14,7 +14,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"checkpoint"},
     "__init__": {"bootstrap", "checkpoint", "optimizer"},
-    "checkpoint": {"agreement", "collectives", "layout", "ranges", "state"},
+    "integrations": {"optimizer", "wrappers"},
+    "checkpoint": {"agreement", "collectives", "layout", "ranges", "state", "wrappers"},
     "optimizer": {
         "agreement", "arguments", "collectives", "engine", "layout", "loading", "members", "reduction", "scaling",
         "state",
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gathering": {"buckets", "collectives", "pending"},
     "agreement": {"collectives", "pending"},
     "members": set(),
+    "wrappers": set(),
     "buckets": {"layout", "ranges"},
     "collectives": {"pending"},
     "pending": set(),
