@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.integrations.transformers import ShardedTrainer
+from sharded_adamax.state import FlatShard
 from tests.distributed.models import SMALL_BUCKET_MIB
 from tests.distributed.pool import Failure, Pool
 from tests.integration.frameworks.comparison import (
@@ -62,24 +63,32 @@ class _LossesMixin:
         return loss
 
 
-class OurTrainer(_LossesMixin, ShardedTrainer):
-    pass
-
-
 class PlainTrainer(_LossesMixin, Trainer):
     pass
+
+
+class OurTrainer(ShardedTrainer, PlainTrainer):
+    """Ours beside another subclass of Trainer, as the page says."""
 
 
 def _model(seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=32,
+        n_positions=8,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config)
 
 
-def build(kind: str, directory: Path, *, num_steps: int, trainer_class: Any, seed: int = 0) -> Any:
+def build(kind: str, directory: Path, *, num_steps: int, trainer_class: Any, seed: int = 0, **more: Any) -> Any:
     for state in (AcceleratorState, GradientState, PartialState):  # of the run before: they are singletons
         state._reset_state()
     args = TrainingArguments(
@@ -92,18 +101,22 @@ def build(kind: str, directory: Path, *, num_steps: int, trainer_class: Any, see
         lr_scheduler_type="linear",
         learning_rate=OPTIONS["lr"],
         logging_steps=1,
-        save_steps=NUM_STEPS,
         report_to=[],
         disable_tqdm=True,
+        **({"save_steps": NUM_STEPS} | more),
     )
     options = {"lr": OPTIONS["lr"]}
     cls: Any = torch.optim.Adamax
     if kind == "sharded":
         cls, options = ShardedAdamax, options | {"reduce_gradients": False, "bucket_mib": SMALL_BUCKET_MIB}
     trainer = trainer_class(
-        model=_model(seed), args=args, train_dataset=Sentences(), optimizer_cls_and_kwargs=(cls, options),
+        model=_model(seed),
+        args=args,
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        optimizer_cls_and_kwargs=(cls, options),
         callbacks=[_Recorder()],
-    )  # fmt: skip
+    )
     trainer.losses = []
     return trainer
 
@@ -179,3 +192,18 @@ def _with_adamax(directory: Path) -> None:
 
 def test_with_another_optimizer_our_trainer_is_the_trainer(ranks: Pool, tmp_path: Path) -> None:
     ranks.run(1, _with_adamax, tmp_path)
+
+
+def _save_the_best(directory: Path) -> None:
+    """No callback is asked between the decision that this is the best and the save."""
+    more = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": NUM_STEPS}
+    with as_launched():
+        trainer = build("sharded", directory, num_steps=NUM_STEPS, trainer_class=OurTrainer, **more)
+        trainer.train()
+        inner = trainer.optimizer.optimizer
+        assert isinstance(inner.state_dict()["state"][0]["exp_avg"], FlatShard), "rank 0 still holds the whole state"
+
+
+def test_a_checkpoint_of_the_best_metric_is_whole_too_and_its_memory_is_freed(ranks: Pool, tmp_path: Path) -> None:
+    ranks.run(2, _save_the_best, tmp_path)
+    assert read_state(tmp_path)["state"][0]["step"] == NUM_STEPS
