@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+_FRAMEWORKS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer inside the wrappers of Accelerate, Lightning Fabric and Lightning.
 
-    All of them are Optimizers that call what they wrap ``optimizer``.
+    They only pass calls on. Any other wrapper stays: it may have a state of its own, as Lookahead has.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    while type(optimizer).__module__.partition(".")[0] in _FRAMEWORKS:
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
         optimizer = inner
     return optimizer

@@ -14,7 +14,6 @@ import lightning.pytorch
 from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.pytorch.strategies.ddp import DDPStrategy as TrainerDDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,11 +39,20 @@ def _no_sync(optimizers: Iterable[Optimizer]) -> ExitStack:
         return stack.pop_all()
 
 
-class FabricStrategy(FabricDDPStrategy):
-    """Fabric's DDPStrategy without DistributedDataParallel: half the gradient memory, reduced while backward runs.
+def _clip_norm(optimizer: Optimizer, clip_val: float) -> None:
+    _reducing(optimizer).clip_grad_norm_(clip_val)
 
-    ``fabric.clip_gradients(module, optimizer, max_norm=...)`` and ``fabric.no_backward_sync`` work; clipping by value
-    does not. Buffers (of batch norm, say) are not broadcast from rank 0 as DistributedDataParallel does.
+
+def _refuse_to_clip_values(optimizer: Optimizer, clip_val: float) -> None:
+    raise NotImplementedError("gradients cannot be clipped by value while they are sharded: clip their norm")
+
+
+class FabricStrategy(FabricDDPStrategy):
+    """Fabric's DDPStrategy without DistributedDataParallel: gradients are sharded, too, and reduced during backward.
+
+    ``fabric.clip_gradients(module, optimizer, max_norm=...)`` and ``fabric.no_backward_sync`` go to the optimizer;
+    clipping by value is refused. Buffers (of batch norm, say) are not broadcast from rank 0 as DistributedDataParallel
+    does.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -76,7 +84,7 @@ class FabricStrategy(FabricDDPStrategy):
         return _reducing(optimizer).clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
-        raise NotImplementedError("gradients cannot be clipped by value while they are sharded: clip their norm")
+        _refuse_to_clip_values(optimizer, clip_val)
 
 
 class _NoSync(_BackwardSyncControl):
@@ -88,11 +96,11 @@ class _NoSync(_BackwardSyncControl):
 
 
 class TrainerStrategy(TrainerDDPStrategy):
-    """The Trainer's DDPStrategy without DistributedDataParallel: half the gradient memory, reduced while backward runs.
+    """The Trainer's DDPStrategy without DistributedDataParallel: gradients are sharded, too, and reduced in backward.
 
-    ``gradient_clip_val`` needs a `configure_gradient_clipping` in the module, which calls
-    ``optimizer.clip_grad_norm_(gradient_clip_val)``. Buffers (of batch norm, say) are not broadcast from rank 0 as
-    DistributedDataParallel does.
+    ``gradient_clip_val``, `LightningModule.clip_gradients` and the accumulation of gradients go to the optimizer;
+    clipping by value is refused. Buffers (of batch norm, say) are not broadcast from rank 0 as DistributedDataParallel
+    does.
     """
 
     def configure_ddp(self) -> None:
@@ -103,17 +111,13 @@ class TrainerStrategy(TrainerDDPStrategy):
 
         Raises:
             TypeError: One does not reduce gradients.
-            ValueError: Gradients would not be clipped, although that is what was asked for.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             _reducing(optimizer)
-        if trainer.gradient_clip_val and not is_overridden("configure_gradient_clipping", trainer.lightning_module):
-            raise ValueError(
-                "gradient_clip_val has no effect here: after backward the gradients are in the optimizer, not in "
-                "p.grad. Define in the LightningModule: def configure_gradient_clipping(self, optimizer, "
-                "gradient_clip_val, gradient_clip_algorithm): optimizer.clip_grad_norm_(gradient_clip_val)"
-            )
+        # All of Lightning's clipping comes through these two, finds nothing in p.grad, and would do nothing.
+        self.precision_plugin.clip_grad_by_norm = _clip_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = _refuse_to_clip_values  # type: ignore[method-assign]
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:

@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """What came of a training run, on one rank."""
 
     losses: list[float]
-    norms: list[float]  # of the gradients, before they were clipped; empty where the framework does not tell
+    norms: list[float]  # of the gradients, before they were clipped; empty where they are not
     params: dict[str, Tensor]
 
     @classmethod
@@ -103,7 +103,7 @@ def first_half(train: Train, read_state: Callable[[Path], dict[str, Any]], root:
         expected = train("adamax", save_to=root / "adamax")
         got = train("sharded", save_to=root / "sharded")
         assert_same_run(got, expected, "first half")
-        assert all(norm > MAX_NORM for norm in expected.norms), "nothing was clipped"
+        assert expected.norms and min(expected.norms) > MAX_NORM, "nothing was clipped"
     if dist.get_rank() == 0:
         assert_same_file(read_state(root / "sharded"), read_state(root / "adamax"))
 

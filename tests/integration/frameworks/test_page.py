@@ -39,4 +39,4 @@ def test_the_programs_for_a_framework_run_on_two_ranks(tmp_path: Path, framework
 
 def test_the_page_has_programs_for_each_framework() -> None:
     numbers = {framework: len(found) for framework, found in PROGRAMS.items()}
-    assert numbers == {"Accelerate": 2, "Hugging Face Trainer": 1, "Lightning Fabric": 1, "Lightning Trainer": 2}
+    assert numbers == {"Accelerate": 2, "Hugging Face Trainer": 1, "Lightning Fabric": 1, "Lightning Trainer": 1}
