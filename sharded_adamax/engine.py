@@ -7,7 +7,7 @@
     backward   bucket complete -> reduce_scatter (async)            reduction.py
     step       vote of all ranks (async), flush, read the vote      agreement.py
                for bucket k: wait reduce k -> kernel -> launch all_gather k
-               wait for the all-gathers                             gathering.py
+               wait for the all-gathers, or leave that to the forward   gathering.py
 
 The ranks decide together before the first parameter is touched: a step is taken by all of them or by none.
 """
@@ -20,16 +20,17 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_adamax import clipping
 from sharded_adamax import layout as layouts
 from sharded_adamax.buckets import Bucket, Precision, part
 from sharded_adamax.collectives import ControlPlane, Group
-from sharded_adamax.gathering import ParameterGathering
+from sharded_adamax.gathering import OverlappedGathering, ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
+from sharded_adamax.kernels import Hyper, capture_problem, choose, folded, longest_merged_gap, prepare
+from sharded_adamax.late import await_in_forward
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -57,6 +58,7 @@ class Settings:
     skip_nonfinite: bool
     precision: Precision
     fused: bool = False  # a wish, of this rank: the numbers do not depend on it
+    capturable: bool = False  # see [Note: capturable] in kernels/captured.py
 
 
 class Engine:
@@ -68,7 +70,7 @@ class Engine:
         self.settings = settings
         self.guards = Guards(settings.skip_nonfinite)
         self.source: GradientSource = BackwardReduction(group) if settings.reduce_gradients else ReducedGradients(group)
-        self.gathering = ParameterGathering(group)
+        self.gathering: ParameterGathering = ParameterGathering(group)
         self.layout = Layout(group.size, (), ())
         self.members: list[Member] = []  # in the order of layout.specs
         self.buckets: list[Bucket] = []
@@ -93,14 +95,20 @@ class Engine:
         self.members += members
         for bucket_layout in self.layout.buckets[len(self.buckets) :]:
             owners = [members[slot.param - offset] for slot in bucket_layout.slots]
-            bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank, self.settings.precision)
+            bucket = Bucket(
+                bucket_layout,
+                [m.param for m in owners],
+                self.group.rank,
+                self.settings.precision,
+                capturable=self.settings.capturable,
+            )
             self.group.broadcast(bucket.flat_param)
             bucket.refresh_master()
             self.buckets.append(bucket)
             self.source.add(bucket, [m.name for m in owners])
             for piece, param in zip(bucket.pieces, bucket.params, strict=True):
                 spec = self.layout.specs[piece.param]
-                state[param] = {"step": bucket.steps[piece.slot]}
+                state[param] = {"step": bucket.step_views[piece.slot]}
                 for key, flat in sharded_state(bucket).items():
                     local = part(flat, piece.in_shard)
                     state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
@@ -112,14 +120,22 @@ class Engine:
                 for index in sorted({self.members[piece.param].group_index for piece in bucket.pieces}):
                     prepare(bucket.exp_avg.dtype, bucket.exp_avg.device, Hyper.of(groups[index]))
 
+    def overlap_forward(self, model: nn.Module) -> None:
+        """Leave it to the modules of ``model`` to wait for the all-gathers of a step. Local."""
+        of_model = {id(param) for param in model.parameters()}
+        if not any(id(member.param) in of_model for member in (*self.members, *self.frozen)):
+            raise ValueError("expected a model that uses parameters of this optimizer, got one that has none of them")
+        await_in_forward(model)
+        if not isinstance(self.gathering, OverlappedGathering):
+            self.gathering = OverlappedGathering(self.group)
+
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
         """Take one step, all ranks together or none. Collective.
 
         Raises:
             RuntimeError: On every rank: a parameter was moved, gradients or hyper-parameters differ between ranks, a
-                sparse
-                gradient. Nothing was changed and the gradients are dropped.
+                sparse gradient. Nothing was changed and the gradients are dropped.
         """
         hypers = [Hyper.of(group) for group in groups]
         used = self.reduce(groups, state)
@@ -128,8 +144,8 @@ class Engine:
         else:
             for index, slots in enumerate(used):
                 self._update(index, slots, groups, hypers)
-            self.gathering.wait_all(self.source.step)
             self._tell_autograd(used)
+            self.gathering.complete()
         self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
         self.source.step += 1
@@ -206,8 +222,7 @@ class Engine:
         """Multiply all gradients by ``inv_scale``, for a GradScaler. Collective.
 
         Returns:
-            ``found_inf`` on the device of the gradients: 1 where any rank found Inf or NaN. None where no parameter has
-            a gradient.
+            ``found_inf``, modified in place: 1 where any rank found Inf or NaN. None where no parameter has a gradient.
 
         Raises:
             ValueError: The gradients are float16, in torch's words. With a master they are not.
@@ -221,12 +236,10 @@ class Engine:
             for bucket, slots in zip(self.buckets, used, strict=True)
         ):
             raise ValueError("Attempting to unscale FP16 gradients.")
-        device = self.buckets[0].flat_param.device
-        found = found_inf.to(device)
-        self.source.unscale_(inv_scale.to(device), found)
-        self.group.all_reduce(found, "max")
+        self.source.unscale_(inv_scale, found_inf)
+        self.group.all_reduce(found_inf, "max")
         self._norms.clear()
-        return found
+        return found_inf
 
     def discard(self, *, set_to_none: bool) -> None:
         """Forget the gradients since the last step. Collective where there are any."""
@@ -244,11 +257,17 @@ class Engine:
 
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
+        self.gathering.settle()
         # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
-        problem = self._moved_problem()
-        hypers = [*hyper_lines(groups), self.guards.line()]
+        problem = self._moved_problem() or self._capture_problem(groups)
         vote = StepVote(
-            self.control, self.source, hypers=hypers, frozen=self.frozen, names=self._names, problem=problem
+            self.control,
+            self.source,
+            hypers=[*hyper_lines(groups), self.guards.line(), self.gathering.line()],
+            frozen=self.frozen,
+            names=self._names,
+            problem=problem,
+            order=self.gathering.wanted_order(),
         )
         try:
             if not self.source.must_agree_first:
@@ -260,6 +279,7 @@ class Engine:
         except RuntimeError:
             self._forget_gradients()
             raise
+        self.gathering.order = decision.order
         for index, again in enumerate(decision.again):
             if again:
                 self._norms.clear()
@@ -280,11 +300,11 @@ class Engine:
     def _update(self, index: int, used: list[bool], groups: list[ParamGroup], hypers: list[Hyper]) -> None:
         """Update this rank's shard of bucket ``index`` and launch its all-gather; nothing if no gradient went in."""
         bucket = self.buckets[index]
-        gradient = self.source.take_shard(index)
+        gradient, grad_scale = self.source.take_shard(index)
         if not any(used):
             return
         bucket.refresh_master()
-        bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
+        bucket.count_update(used)
         by_group: dict[int, list[int]] = {}
         for slot, (piece, is_used) in enumerate(zip(bucket.pieces, used, strict=True)):
             if is_used:
@@ -295,8 +315,17 @@ class Engine:
                 runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
                 if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
                     continue
-                update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
-                update_(
+                update_ = choose(
+                    groups[group_index]["foreach"],
+                    gradient.device,
+                    dtype=gradient.dtype,
+                    fused=self.settings.fused,
+                    capturable=self.settings.capturable,
+                )
+                rounded = (
+                    [part(bucket.param_shard, run.in_shard) for run in runs] if bucket.master is not None else None
+                )
+                folded(update_, grad_scale=grad_scale, rounded=rounded)(
                     [part(bucket.target, run.in_shard) for run in runs],
                     [part(gradient, run.in_shard) for run in runs],
                     [part(bucket.exp_avg, run.in_shard) for run in runs],
@@ -304,8 +333,7 @@ class Engine:
                     [run.step for run in runs],
                     hyper,
                 )
-            bucket.round_master()
-        self.gathering.launch(index, bucket)
+        self.gathering.updated(index, bucket, self.source.step)
 
     def _moved_problem(self) -> str | None:
         for bucket in self.buckets:
@@ -319,6 +347,11 @@ class Engine:
                     "use sharded_adamax.integrations.transformers.ShardedTrainer"
                 )
         return None
+
+    def _capture_problem(self, groups: list[ParamGroup]) -> str | None:
+        if not self.buckets:
+            return None
+        return capture_problem(groups, self.buckets[0].flat_param.device, capturable=self.settings.capturable)
 
     def _names(self) -> list[str]:
         """Return the names of all parameters, in the order of the slots and then of the frozen ones."""

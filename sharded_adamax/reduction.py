@@ -27,9 +27,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sharded_adamax import streams
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
-from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, hooks, unhook
+from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, TakenShard, hooks, unhook
 from sharded_adamax.pending import Pending
 
 MAX_IN_FLIGHT = 2
@@ -42,6 +43,7 @@ class _Progress:
     fired: list[int]  # per slot: gradients that autograd accumulated since the last step
     used: list[bool]  # per slot: a gradient went into the bucket whenever it was launched
     ready: set[int] = field(default_factory=set)  # slots whose gradient waits for the launch
+    streams: set[torch.Stream | None] = field(default_factory=set)  # that gradients were accumulated on
     launched: bool = False
     shard: Tensor | None = None  # (shard_numel,), mean over the ranks, accumulated over rounds
 
@@ -78,6 +80,7 @@ class BackwardReduction(GradientSource):
         self._names: list[list[str]] = []
         self._num_launched = 0  # buckets 0 .. _num_launched - 1 are launched
         self._is_unscaled = False  # by a GradScaler, for the step that should come next
+        self._scale: Tensor | None = None  # what all shards are still to be multiplied by, see scale_
         self._in_flight: deque[tuple[int, Pending[Tensor]]] = deque()
 
     def add(self, bucket: Bucket, names: list[str]) -> None:
@@ -107,6 +110,7 @@ class BackwardReduction(GradientSource):
             self._drop_without_step()
         progress = self._progress[index]
         progress.fired[slot] += 1
+        progress.streams.add(streams.current(self.buckets[index].flat_param.device))
         if not self.enabled or self.must_agree_first or progress.launched:
             return
         if not may_take:
@@ -137,24 +141,39 @@ class BackwardReduction(GradientSource):
             self._launch_next()
 
     def launch_again(self, index: int) -> None:
+        self._settle_scale()  # it is not for the gradients of this round
         self._note_used(index)
         self._launch(index)
 
     def shard(self, index: int) -> Tensor:
+        self._settle_scale()
+        return self._unscaled_shard(index)
+
+    def _unscaled_shard(self, index: int) -> Tensor:
         while any(launched == index for launched, _ in self._in_flight):
             self._settle_oldest()
         shard = self._progress[index].shard
         assert shard is not None
+        streams.take_over([shard])  # from the hook, perhaps, that waited for it
+        if self._scale is not None:
+            streams.take_over([self._scale])  # from whoever clipped
         return shard
 
-    def take_shard(self, index: int) -> Tensor:
-        shard = self.shard(index)
+    def take_shard(self, index: int) -> TakenShard:
+        shard = self._unscaled_shard(index)
         self._progress[index].shard = None
-        return shard
+        return TakenShard(shard, self._scale)
 
     def scale_(self, factor: Tensor) -> None:
-        for index in range(len(self.buckets)):
-            self.shard(index).mul_(factor)
+        # Clipping is most often the last thing before the update, which may multiply in its own pass over the shards.
+        self._settle_scale()
+        self._scale = factor
+
+    def _settle_scale(self) -> None:
+        if self._scale is not None:
+            for index in range(len(self.buckets)):
+                self._unscaled_shard(index).mul_(self._scale)
+            self._scale = None
 
     def unscale_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Multiply all mean gradients by ``inv_scale``; set ``found_inf`` to 1 if one is not finite on this rank.
@@ -182,6 +201,7 @@ class BackwardReduction(GradientSource):
         self._num_launched = 0
         self.num_rounds += 1
         self._is_unscaled = False
+        self._scale = None
         self.must_agree_first = False
 
     def _drop_without_step(self) -> None:
@@ -218,9 +238,19 @@ class BackwardReduction(GradientSource):
         while len(self._in_flight) >= MAX_IN_FLIGHT:
             self._settle_oldest()
         with torch.no_grad(), torch.profiler.record_function(f"sharded_adamax::reduce_scatter bucket {index}"):
+            self._take_over_gradients(index)
             gradients = self.buckets[index].collect_gradients()
             self._in_flight.append((index, self.group.reduce_scatter(gradients)))
         self._note_peaks()
+
+    def _take_over_gradients(self, index: int) -> None:
+        """Make the current stream wait for gradients of a bucket that come from others, and free to drop them."""
+        bucket, progress = self.buckets[index], self._progress[index]
+        elsewhere = progress.streams - {streams.current(bucket.flat_param.device)}
+        # Where no hook has run, the gradient was set by hand, on an unknown stream, or there is none.
+        if elsewhere or 0 in progress.fired:
+            gradients = [param.grad for param in bucket.params if param.grad is not None and not param.grad.is_sparse]
+            streams.take_over(gradients, after=elsewhere)
 
     def _settle_oldest(self) -> None:
         index, pending = self._in_flight[0]

@@ -147,7 +147,7 @@ def test_duplicates_in_a_group_warn_in_torchs_words() -> None:
 def test_a_refused_construction_leaves_the_parameters_alone() -> None:
     model = nn.Linear(3, 2)
     addresses = [param.data_ptr() for param in model.parameters()]
-    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"capturable": True}, {"bucket_mib": 0}]
+    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"state_format": "x"}, {"bucket_mib": 0}]
     for bad in refused:
         assert _outcome(partial(ShardedAdamax, model.parameters(), **bad)) != NOTHING_RAISED
     assert [param.data_ptr() for param in model.parameters()] == addresses
@@ -177,7 +177,6 @@ def test_fused_and_foreach_together_are_refused_in_torchs_words() -> None:
 
 
 NOT_YET: dict[str, Any] = {
-    "capturable": True,
     "state_format": "compact",
 }
 
@@ -191,12 +190,6 @@ def test_an_argument_that_comes_later_is_named(name: str) -> None:
 def test_the_value_without_effect_of_an_argument_that_comes_later_is_accepted() -> None:
     nothing: dict[str, Any] = {"fused": False, "capturable": False, "reduce_dtype": None, "state_format": "full"}
     ShardedAdamax([_param(3)], master_dtype=None, differentiable=False, **nothing)
-
-
-def test_a_method_that_comes_later_names_itself() -> None:
-    optimizer = ShardedAdamax([_param(3)])
-    with pytest.raises(NotImplementedError, match="overlap_forward"):
-        optimizer.overlap_forward(nn.Linear(1, 1))
 
 
 def test_a_mesh_of_two_dimensions_comes_later_and_a_mesh_beside_a_group_never() -> None:
