@@ -12,7 +12,7 @@ others = "numpy rich tqdm psutil matplotlib safetensors mpi4py triton accelerate
 for name in others.split():
     sys.modules[name] = None  # an import of it raises
 import torch
-from sharded_adamax import CheckpointManager, ShardedAdamax, load, save
+from sharded_adamax import CheckpointManager, ShardedAdamax, load, plan, save
 
 model = torch.nn.Linear(7, 5)
 optimizer = ShardedAdamax(model.named_parameters())
@@ -25,6 +25,7 @@ assert load(sys.argv[1] + "/one", model, optimizer, restore_rng=True) == {"epoch
 manager = CheckpointManager(sys.argv[1] + "/many")
 manager.save(2, model, optimizer)
 assert manager.restore(model, optimizer) == (2, None)
+assert plan(model).rows[0].sharded_adamax.state == optimizer.held_bytes().state
 assert optimizer.full_state_dict()["state"][0]["step"] == 2
 """
 
