@@ -8,7 +8,8 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "transformers", "triton"):
+others = "numpy rich tqdm psutil matplotlib safetensors mpi4py triton accelerate transformers lightning"
+for name in others.split():
     sys.modules[name] = None  # an import of it raises
 import torch
 from sharded_adamax import CheckpointManager, ShardedAdamax, load, plan, save
