@@ -220,18 +220,22 @@ class Bucket:
             Shape (numel,), the dtype of the wire.
         """
         buffer = torch.empty_like(self.flat_param, dtype=self.wire_dtype)
-        views, gradients = [], []
+        views, gradients, gaps = [], [], []
         written = 0
         for slot, param, identity in zip(self.layout.slots, self.params, self._identities, strict=True):
             gradient = param.grad
             if gradient is None or gradient.is_sparse or gradient.shape != identity.shape:
                 continue
-            part(buffer, Range(written, slot.start)).zero_()
+            if written < slot.start:
+                gaps.append(part(buffer, Range(written, slot.start)))
             views.append(buffer.as_strided(identity.shape, identity.stride, slot.start))
-            gradients.append(gradient.detach())
-            written = slot.in_bucket.stop
+            gradients.append(gradient)
+            written = slot.start + slot.numel
             param.grad = None
-        part(buffer, Range(written, self.layout.numel)).zero_()
+        if written < self.layout.numel:
+            gaps.append(part(buffer, Range(written, self.layout.numel)))
+        if gaps:
+            torch._foreach_zero_(gaps)
         if views:
             torch._foreach_copy_(views, gradients)
         return buffer
