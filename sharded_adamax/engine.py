@@ -7,7 +7,7 @@
     backward   bucket complete -> reduce_scatter (async)            reduction.py
     step       vote of all ranks (async), flush, read the vote      agreement.py
                for bucket k: wait reduce k -> kernel -> launch all_gather k
-               wait for the all-gathers                             gathering.py
+               wait for the all-gathers, or leave that to the forward   gathering.py
 
 The ranks decide together before the first parameter is touched: a step is taken by all of them or by none.
 """
@@ -20,16 +20,17 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_adamax import clipping
 from sharded_adamax import layout as layouts
 from sharded_adamax.buckets import Bucket, Precision, part
 from sharded_adamax.collectives import ControlPlane, Group
-from sharded_adamax.gathering import ParameterGathering
+from sharded_adamax.gathering import OverlappedGathering, ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
 from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
+from sharded_adamax.late import await_in_forward
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
@@ -68,7 +69,7 @@ class Engine:
         self.settings = settings
         self.guards = Guards(settings.skip_nonfinite)
         self.source: GradientSource = BackwardReduction(group) if settings.reduce_gradients else ReducedGradients(group)
-        self.gathering = ParameterGathering(group)
+        self.gathering: ParameterGathering = ParameterGathering(group)
         self.layout = Layout(group.size, (), ())
         self.members: list[Member] = []  # in the order of layout.specs
         self.buckets: list[Bucket] = []
@@ -112,14 +113,22 @@ class Engine:
                 for index in sorted({self.members[piece.param].group_index for piece in bucket.pieces}):
                     prepare(bucket.exp_avg.dtype, bucket.exp_avg.device, Hyper.of(groups[index]))
 
+    def overlap_forward(self, model: nn.Module) -> None:
+        """Leave it to the modules of ``model`` to wait for the all-gathers of a step. Local."""
+        of_model = {id(param) for param in model.parameters()}
+        if not any(id(member.param) in of_model for member in (*self.members, *self.frozen)):
+            raise ValueError("expected a model that uses parameters of this optimizer, got one that has none of them")
+        await_in_forward(model)
+        if not isinstance(self.gathering, OverlappedGathering):
+            self.gathering = OverlappedGathering(self.group)
+
     @torch.no_grad()
     def step(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> None:
         """Take one step, all ranks together or none. Collective.
 
         Raises:
             RuntimeError: On every rank: a parameter was moved, gradients or hyper-parameters differ between ranks, a
-                sparse
-                gradient. Nothing was changed and the gradients are dropped.
+                sparse gradient. Nothing was changed and the gradients are dropped.
         """
         hypers = [Hyper.of(group) for group in groups]
         used = self.reduce(groups, state)
@@ -128,8 +137,8 @@ class Engine:
         else:
             for index, slots in enumerate(used):
                 self._update(index, slots, groups, hypers)
-            self.gathering.wait_all(self.source.step)
             self._tell_autograd(used)
+            self.gathering.complete()
         self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
         self.source.step += 1
@@ -206,8 +215,7 @@ class Engine:
         """Multiply all gradients by ``inv_scale``, for a GradScaler. Collective.
 
         Returns:
-            ``found_inf`` on the device of the gradients: 1 where any rank found Inf or NaN. None where no parameter has
-            a gradient.
+            ``found_inf``, modified in place: 1 where any rank found Inf or NaN. None where no parameter has a gradient.
 
         Raises:
             ValueError: The gradients are float16, in torch's words. With a master they are not.
@@ -221,12 +229,10 @@ class Engine:
             for bucket, slots in zip(self.buckets, used, strict=True)
         ):
             raise ValueError("Attempting to unscale FP16 gradients.")
-        device = self.buckets[0].flat_param.device
-        found = found_inf.to(device)
-        self.source.unscale_(inv_scale.to(device), found)
-        self.group.all_reduce(found, "max")
+        self.source.unscale_(inv_scale, found_inf)
+        self.group.all_reduce(found_inf, "max")
         self._norms.clear()
-        return found
+        return found_inf
 
     def discard(self, *, set_to_none: bool) -> None:
         """Forget the gradients since the last step. Collective where there are any."""
@@ -244,11 +250,17 @@ class Engine:
 
     def _agree_and_reduce(self, groups: list[ParamGroup], state: dict[Tensor, Any]) -> list[bool]:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
+        self.gathering.settle()
         # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
         problem = self._moved_problem()
-        hypers = [*hyper_lines(groups), self.guards.line()]
         vote = StepVote(
-            self.control, self.source, hypers=hypers, frozen=self.frozen, names=self._names, problem=problem
+            self.control,
+            self.source,
+            hypers=[*hyper_lines(groups), self.guards.line(), self.gathering.line()],
+            frozen=self.frozen,
+            names=self._names,
+            problem=problem,
+            order=self.gathering.wanted_order(),
         )
         try:
             if not self.source.must_agree_first:
@@ -260,6 +272,7 @@ class Engine:
         except RuntimeError:
             self._forget_gradients()
             raise
+        self.gathering.order = decision.order
         for index, again in enumerate(decision.again):
             if again:
                 self._norms.clear()
@@ -305,7 +318,7 @@ class Engine:
                     hyper,
                 )
             bucket.round_master()
-        self.gathering.launch(index, bucket)
+        self.gathering.updated(index, bucket, self.source.step)
 
     def _moved_problem(self) -> str | None:
         for bucket in self.buckets:

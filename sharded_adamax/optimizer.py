@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_adamax import agreement, arguments, loading
 from sharded_adamax.collectives import control_plane, data_plane
-from sharded_adamax.engine import Engine, HeldBytes, sharded_state
+from sharded_adamax.consolidation import gather_state
+from sharded_adamax.engine import Engine, HeldBytes
 from sharded_adamax.layout import Layout
 from sharded_adamax.members import ParamGroup
 from sharded_adamax.reduction import BackwardReduction
 from sharded_adamax.scaling import teach_grad_scaler
-from sharded_adamax.state import gather_full
 
 StateDict = dict[str, Any]
 
@@ -39,7 +38,7 @@ class ShardedAdamax(torch.optim.Adamax):
 
     In backward the gradients of a bucket are moved out of ``p.grad`` (it becomes None) and reduce-scattered as soon as
     all of them are there. `step` waits for bucket k, updates this rank's shard of it, launches its all-gather and goes
-    on to bucket k + 1; all parameters are complete when it returns.
+    on to bucket k + 1; all parameters are complete when it returns, or, after `overlap_forward`, when they are used.
 
     Memory per rank, N ranks, P parameters of 4 bytes: 4P parameters + 4P/N gradient shard + 8P/N state + buckets in
         flight.
@@ -73,8 +72,7 @@ class ShardedAdamax(torch.optim.Adamax):
 
     Raises:
         ValueError: Bad hyper-parameters, in torch's words. On every rank: the ranks disagree; the message names the
-            first
-            difference.
+            first difference.
         NotImplementedError: An argument whose capability does not exist yet.
 
     Example:
@@ -206,9 +204,8 @@ class ShardedAdamax(torch.optim.Adamax):
 
         Raises:
             RuntimeError: On every rank, with nothing changed: a parameter was moved after construction, a gradient is
-                sparse,
-                hyper-parameters or (``reduce_gradients=False``) gradients differ between ranks, or this optimizer and
-                another wrapper both reduce gradients.
+                sparse, hyper-parameters or (``reduce_gradients=False``) gradients differ between ranks, or this
+                optimizer and another wrapper both reduce gradients.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -300,12 +297,28 @@ class ShardedAdamax(torch.optim.Adamax):
         engine = self._get_engine()
         if not engine.settings.reduce_gradients:
             return None
-        found = engine.unscale_(self.param_groups, self.state, inv_scale, found_inf, allow_fp16=allow_fp16)
-        return {} if found is None else {found.device: found}
+        device = arguments.common_device(self.param_groups)
+        found = engine.unscale_(
+            self.param_groups, self.state, inv_scale.to(device), found_inf.to(device), allow_fp16=allow_fp16
+        )
+        return {} if found is None else {device: found}
 
     def overlap_forward(self, model: torch.nn.Module) -> None:
-        """Await the all-gathers in the next forward. Not there yet."""
-        raise NotImplementedError("overlap_forward is not implemented yet: step() returns with all parameters gathered")
+        """Let `step` return while parameters are still being gathered; the next forward awaits them module by module.
+
+        The gathers go in the order in which the forward pass needs them. Nothing can read a parameter that is partly
+        old: whoever looks at one earlier (``p.data``, ``state_dict()``, evaluation, `save`, a copy) waits for it then.
+        Only a tensor that was made from ``p.data`` before the step shows old values for a moment.
+
+        Called once, on all ranks, before or after ``torch.compile``: a compiled model awaits all parameters at its
+        entrance, compiled parts of a model each their own. Part of torch.nn.TransformerEncoder's inference shortcut is
+        off for modules with hooks, which these are.
+
+        Raises:
+            ValueError: ``model`` has no parameter of this optimizer.
+            NotImplementedError: It contains TorchScript.
+        """
+        self._get_engine().overlap_forward(model)
 
     def join_hook(self, **kwargs: Any) -> Any:
         """Refuse torch.distributed.algorithms.Join, and say what to do instead."""
@@ -338,8 +351,7 @@ class ShardedAdamax(torch.optim.Adamax):
 
         Raises:
             ValueError: Groups or shapes that do not fit (in torch's words where torch has them), a missing state, or
-                shards
-                of another layout. Nothing was changed.
+                shards of another layout. Nothing was changed.
         """
         loading.load_state_dict(self, state_dict)
         self._consolidated = None
@@ -352,23 +364,8 @@ class ShardedAdamax(torch.optim.Adamax):
         Returns:
             On rank ``to`` a dict that torch.optim.Adamax loads, CPU tensors; None on the others.
         """
-        engine = self._get_engine()
-        if not 0 <= to < engine.group.size:
-            raise ValueError(f"expected a rank from 0 to {engine.group.size - 1} for to, got {to}")
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        state: dict[int, dict[str, Tensor]] = {}
-        ids = {id(param): index for index, param in enumerate(params)}
-        engine.refresh_masters()
-        for bucket in engine.buckets:
-            for key, shard in sharded_state(bucket).items():
-                whole = gather_full(engine.group, bucket.layout, shard, bucket.params, to)
-                for param, tensor in zip(bucket.params, whole, strict=False):  # whole is empty on the other ranks
-                    entry = state.setdefault(ids[id(param)], {"step": self.state[param]["step"].clone()})
-                    entry[key] = tensor
-        if engine.group.rank != to:
-            return None
-        groups = super().state_dict()["param_groups"]
-        return {"state": dict(sorted(state.items())), "param_groups": groups}
+        state = gather_state(self._get_engine(), self, to)
+        return None if state is None else {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the state on rank ``to``, where `state_dict` then returns it whole. Collective.

@@ -26,6 +26,7 @@ class Decision:
     used: list[bool]  # per slot, over all buckets: some rank has a gradient
     again: list[bool]  # per bucket: some rank has gradients that came after it was launched
     frozen_used: list[bool]  # per frozen parameter: some rank has a gradient
+    order: list[int]  # buckets, as the first rank wants them gathered
 
 
 class StepVote:
@@ -40,6 +41,7 @@ class StepVote:
         frozen: Sequence[Member],
         names: Callable[[], list[str]],
         problem: str | None,
+        order: Sequence[int],
     ) -> None:
         """Say what this rank knows.
 
@@ -48,6 +50,7 @@ class StepVote:
             frozen: The parameters that have no bucket yet.
             names: Gives those of the parameters in the order of the buckets' slots, then of the frozen ones.
             problem: What is wrong on this rank, beside what its gradients say.
+            order: Buckets as this rank wants them gathered; that of the first rank counts.
         """
         view = source.view()
         self._control = control
@@ -71,6 +74,8 @@ class StepVote:
                 "used": agreement.flags(view.used),
                 "again": agreement.flags(view.again),
                 "frozen_used": agreement.flags(frozen_used),
+                # The other ranks say zeros, so that the maximum is what the first rank says.
+                "order": _numbers_or_zeros(order if control.rank == 0 else (), len(view.again)),
             },
             same=same,
         )
@@ -89,7 +94,8 @@ class StepVote:
             # The vote does not say who is missing; the messages between pairs of ranks do.
             raise error.naming(self._source.missing() or self._control.dead_ranks()) from error.__cause__
         self._raise_on_disagreement(outcome)
-        return Decision(*(_bools(outcome.any_rank[name]) for name in ("used", "again", "frozen_used")))
+        used, again, frozen_used = (_bools(outcome.any_rank[name]) for name in ("used", "again", "frozen_used"))
+        return Decision(used, again, frozen_used, _numbers(outcome.any_rank["order"]))
 
     def _raise_on_disagreement(self, outcome: agreement.Outcome) -> None:
         if outcome.differs["round"].any():
@@ -125,6 +131,16 @@ class RoundError(RuntimeError):
 
 def _bools(values: Tensor) -> list[bool]:
     return [bool(value) for value in values.tolist()]
+
+
+def _numbers_or_zeros(values: Sequence[int], count: int) -> Tensor:
+    """Return at most ``count`` numbers as bytes; zeros where there are fewer, so each is one more than it was."""
+    padded = [value + 1 for value in values] + [0] * (count - len(values))
+    return torch.tensor(padded, dtype=torch.int32).view(torch.uint8)
+
+
+def _numbers(values: Tensor) -> list[int]:
+    return [value - 1 for value in values.clone().view(torch.int32).tolist() if value]  # a copy is aligned
 
 
 def _number(value: int) -> Tensor:

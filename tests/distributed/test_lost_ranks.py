@@ -34,6 +34,8 @@ timeout = datetime.timedelta(seconds=5 if how == "hangs" else 60)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
 params = make_params(torch.float32)
 optimizer = ShardedAdamax(params, bucket_mib=0.01)
+if how == "dies with gathers to come":
+    optimizer.overlap_forward(torch.nn.ParameterList(params))
 for step in range(1, 6):
     if step == LOST_AT_STEP and rank == 1:
         if how == "in backward":
@@ -47,9 +49,19 @@ for step in range(1, 6):
             raise ValueError("a bad batch")
         elif how == "hangs":
             time.sleep(12)
+        elif how == "dies with gathers to come":
+            optimizer._engine.gathering.complete = lambda: os.kill(os.getpid(), signal.SIGKILL)
     backward(params, local_gradients(step, params))
     optimizer.step()
     optimizer.zero_grad()
+    if how == "dies with gathers to come" and step == LOST_AT_STEP:
+        for index in (4, 4, 7):  # again, and another one: nobody may see what has not arrived
+            try:
+                params[index].sum()
+            except RuntimeError as error:
+                print(f"look {index}: {error}", file=sys.stderr)
+            else:
+                sys.exit(f"parameter {index} was shown")
 """.replace("LOST_AT_STEP", str(LOST_AT_STEP))
 
 
@@ -94,6 +106,16 @@ def test_the_others_stop_at_once_and_name_the_rank_and_the_step(tmp_path: Path, 
         culprits.append(found[1])
     # The first to notice names the culprit. Another may notice that one's end before.
     assert any("1" in named for named in culprits), culprits
+
+
+def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_path: Path) -> None:
+    results = _run_job(tmp_path, "dies with gathers to come", 2)
+    status, errors, _ = results[0]
+    assert results[1][0] == -signal.SIGKILL
+    assert status == 1, (status, errors)
+    looks = re.findall(r"look (\d): rank 0 waited in vain for rank 1 in the all-gather of bucket \d, step 3\.", errors)
+    assert looks == ["4", "4", "7"], errors
+    assert "LostRankError" in errors.strip().splitlines()[-1], errors  # the next step
 
 
 def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> None:

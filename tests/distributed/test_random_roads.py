@@ -57,6 +57,8 @@ class Job:
             skip_nonfinite=self.skip_nonfinite,
         )
         self.reference = torch.optim.Adamax([theirs for _, theirs in groups], foreach=foreach)
+        if self._rolled("overlapped with the forward", 0.5):
+            self.optimizer.overlap_forward(nn.ParameterList(self.params))
 
     def _group(self) -> tuple[dict[str, Any], dict[str, Any]]:
         dice = self.dice

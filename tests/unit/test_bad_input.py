@@ -193,12 +193,6 @@ def test_the_value_without_effect_of_an_argument_that_comes_later_is_accepted() 
     ShardedAdamax([_param(3)], master_dtype=None, differentiable=False, **nothing)
 
 
-def test_a_method_that_comes_later_names_itself() -> None:
-    optimizer = ShardedAdamax([_param(3)])
-    with pytest.raises(NotImplementedError, match="overlap_forward"):
-        optimizer.overlap_forward(nn.Linear(1, 1))
-
-
 def test_a_mesh_of_two_dimensions_comes_later_and_a_mesh_beside_a_group_never() -> None:
     # A DeviceMesh needs a process group, which a unit test does not have; only its dimensions are looked at.
     mesh = cast(Any, types.SimpleNamespace(ndim=2))
