@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_file_that_is_never_used_is_not_taken_for_code_that_ran() -> None:
         for block in blocks:
             if block.language == "python" and block.title and block.reason is None:
                 assert block.title in commands, f"{_name(page)}:{block.line}: nothing runs {block.title}"
+
+
+def test_the_marked_lines_of_the_tutorial_are_those_that_are_new() -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    before, train = [block.body.splitlines() for block in blocks_of(text) if block.title in ("before.py", "train.py")]
+    numbers: set[int] = set()
+    for part in re.findall(r"[-\d]+", re.findall(r'hl_lines="([^"]*)"', text)[0]):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    assert numbers == {number for number, line in enumerate(train, start=1) if line not in before}
 
 
 @pytest.mark.parametrize(
