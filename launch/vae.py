@@ -101,7 +101,16 @@ def train(training: Training, options: Options, context: DistributedContext) -> 
     bar = tqdm(steps, initial=start_step, total=options.steps, unit="step", mininterval=0.5, disable=context.rank != 0)
     for step in bar:
         images, noise = my_part_of_batch(training, step, options, context)
-        loss, norm = train_one_step(training, images, noise, step, options)
+        warmup = min(1.0, step / (WARMUP_SHARE * options.steps))
+        # The mean over ranks of these is the mean over the batch, also where the ranks cannot share it evenly.
+        loss, norm = train_one_step(
+            training,
+            images,
+            noise,
+            divergence_weight=warmup,
+            rows_per_rank=options.batch / context.world_size,
+            max_norm=options.clip,
+        )
         mean_loss = mean_over_ranks(loss, context)
         bar.set_postfix_str(f"loss {mean_loss:.1f} nats, gradient norm {norm.item():.0f}", refresh=False)
         if step % options.checkpoint_every == 0 or step == options.steps:
@@ -121,14 +130,23 @@ def resume(checkpoints: CheckpointManager, training: Training) -> int:
 
 
 def train_one_step(
-    training: Training, images: Tensor, noise: Tensor, step: int, options: Options
+    training: Training,
+    images: Tensor,
+    noise: Tensor,
+    *,
+    divergence_weight: float,
+    rows_per_rank: float,
+    max_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run forward, backward and update; returns this rank's loss and the norm of the mean gradient before clipping."""
+    """Run forward, backward and update.
+
+    Returns:
+        This rank's part of the mean loss over ranks, and the norm of the mean gradient before clipping; both 0-d.
+    """
     terms: Terms = training.model(images, noise)
-    weight = min(1.0, step / (WARMUP_SHARE * options.steps))
-    loss = (terms.reconstruction + weight * terms.divergence).mean()
+    loss = (terms.reconstruction + divergence_weight * terms.divergence).sum() / rows_per_rank
     loss.backward()  # type: ignore[no-untyped-call]
-    norm = training.optimizer.clip_grad_norm_(options.clip)
+    norm = training.optimizer.clip_grad_norm_(max_norm)
     training.optimizer.step()  # skipped, on all ranks, where the norm is not finite or too large
     training.scheduler.step()
     training.optimizer.zero_grad()

@@ -12,7 +12,7 @@ import torch
 from tests.crash.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--batch=12", "--width=16", "--groups=2", "--latents=2", "--checkpoint-every=2", "--threads=1"]
+TINY = ["--batch=7", "--width=16", "--groups=2", "--latents=2", "--checkpoint-every=2", "--threads=1"]
 
 
 def _run(out: Path, *arguments: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def test_a_run_resumes_on_as_many_ranks_bit_for_bit_and_on_another_number_to_rou
     through = tmp_path / "through"
     expected = nursery.run(2, _run, through, "--steps=4")[0]["model"]
     assert (through / "digits.png").stat().st_size > 10_000
-    for ranks, tolerance in ((2, 0.0), (1, 1e-5)):  # on one rank the sums over the batch have another order
+    for ranks, tolerance in ((2, 0.0), (1, 1e-5)):  # on one rank the sums have another order; two had 4 and 3 rows
         out = tmp_path / f"resumed on {ranks}"
         shutil.copytree(through / "checkpoints" / "00000002", out / "checkpoints" / "00000002")
         resumed = nursery.run(ranks, _run, out, "--steps=4")[0]["model"]
