@@ -46,6 +46,7 @@ def checked_settings(
     reduce_dtype: torch.dtype | None,
     master_dtype: torch.dtype | None,
     skip_nonfinite: bool,
+    capturable: bool,
     fused: bool | None,
 ) -> Settings:
     """Return the settings of the whole optimizer.
@@ -74,6 +75,7 @@ def checked_settings(
         skip_nonfinite=skip_nonfinite,
         precision=Precision(reduce_dtype, master_dtype),
         fused=bool(fused),
+        capturable=bool(capturable),
     )
 
 
@@ -81,6 +83,12 @@ def check_groups(groups: Sequence[ParamGroup], first_group: int, settings: Setti
     """Check the groups from ``first_group`` on for what torch.optim.Adamax allows and this optimizer does not."""
     for group in groups[first_group:]:
         refuse_flags(group)
+        if bool(group["capturable"]) != settings.capturable:
+            raise NotImplementedError(
+                f"expected capturable={settings.capturable} in every parameter group, as for the whole optimizer, got "
+                f"{group['capturable']}: parameters of several groups share a bucket, whose steps are in one place. "
+                "Give capturable to ShardedAdamax and not to a group"
+            )
         if settings.fused and group["foreach"]:
             # The words of torch's optimizers that have both, Adam for one.
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

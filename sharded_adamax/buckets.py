@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Run(NamedTuple):
     """Neighbouring pieces of one shard that are updated as one tensor."""
 
     in_shard: Range
-    step: float  # of all of them
+    step: float | Tensor  # of all of them; capturable: 0-d, on the device
 
 
 class Bucket:
@@ -79,9 +80,19 @@ class Bucket:
     master: Tensor | None  # (shard_numel,) in the dtype of the update; see [Note: master]
     exp_avg: Tensor  # (shard_numel,), m, in the dtype of the update
     exp_inf: Tensor  # (shard_numel,), u, in the dtype of the update
-    steps: Tensor  # (num_slots,) on the CPU: updates each parameter has seen, the same on all ranks
+    steps: Tensor  # (num_slots,): updates each parameter has seen, the same on all ranks
+    step_views: list[Tensor]  # one per slot, 0-d, views of steps
+    capturable: bool  # steps are on the device, else on the CPU
 
-    def __init__(self, layout: BucketLayout, params: Sequence[Tensor], rank: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        layout: BucketLayout,
+        params: Sequence[Tensor],
+        rank: int,
+        precision: Precision,
+        *,
+        capturable: bool = False,
+    ) -> None:
         """Copy ``params`` into a new flat tensor and make each a view of it. Modifies ``params``: their ``data``."""
         self.layout = layout
         self.params = list(params)
@@ -95,7 +106,10 @@ class Bucket:
         self.master = None if update_dtype == layout.dtype else torch.zeros_like(self.exp_avg)
         # torch keeps step in the default dtype where that is float64, and in float32 otherwise.
         step_dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
-        self.steps = torch.zeros(len(layout.slots), dtype=step_dtype)
+        new_zeros = self.flat_param.new_zeros if capturable else torch.zeros
+        self.steps = new_zeros(len(layout.slots), dtype=step_dtype)
+        self.step_views = list(self.steps.unbind())
+        self.capturable = capturable
         self._adopt_params()
         self.note_versions()
         self._identities = [Identity.of(param) for param in self.params]
@@ -107,8 +121,22 @@ class Bucket:
             view.copy_(param.detach())
             param.data = view
 
+    def count_update(self, used: Sequence[bool]) -> None:
+        """Add one to the steps of the used slots."""
+        if all(used):
+            self.steps.add_(1)
+        elif self.capturable:
+            # Not the mask below: it would be copied from the host, which a graph cannot hold.
+            torch._foreach_add_(list(compress(self.step_views, used)), 1)
+        else:
+            self.steps.add_(torch.tensor(used, dtype=self.steps.dtype))
+
     def runs(self, slots: Sequence[int], longest_gap: int) -> list[Run]:
         """Return what is to be updated of ``slots``, neighbours that are at the same step merged into one run.
+
+        Steps on the device are the device's to know, and there every piece is a run of its own. The host could keep
+        count beside it, but not for a graph: what was merged when the graph was captured would stay merged in every
+        replay, also after a step in which only one of two parameters had a gradient.
 
         Args:
             slots: In ascending order. Without elements in this shard they give nothing.
@@ -119,14 +147,14 @@ class Bucket:
         of which [100, 128), [148, 192) and [262, 320) is padding.
         """
         found: list[Run] = []
-        steps = self.steps.tolist()
+        steps: Sequence[float | Tensor] = self.step_views if self.capturable else self.steps.tolist()
         start = stop = 0
         step = None
         for slot in slots:
             piece = self.pieces[slot].in_shard
             if piece.start == piece.stop:
                 continue
-            if step != steps[slot] or piece.start - stop > longest_gap:
+            if self.capturable or step != steps[slot] or piece.start - stop > longest_gap:
                 if step is not None:
                     found.append(Run(Range(start, stop), step))
                 start, step = piece.start, steps[slot]
@@ -157,11 +185,6 @@ class Bucket:
     def note_versions(self) -> None:
         """Take writes to the parameters up to now as this optimizer's own."""
         self._versions = [] if self.master is None else [param._version for param in self.params]
-
-    def round_master(self) -> None:
-        """Make the parameters of this shard what the master is, rounded to nearest, ties to even."""
-        if self.master is not None:
-            self.param_shard.copy_(self.master)
 
     def moved_params(self) -> list[int]:
         """Return the slots whose parameter is no longer the view that was given to it, by ``param.data = ...`` say."""

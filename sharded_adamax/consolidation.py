@@ -27,9 +27,10 @@ def gather_state(engine: Engine, optimizer: Optimizer, to: int) -> dict[int, dic
     state: dict[int, dict[str, Tensor]] = {}
     engine.refresh_masters()
     for bucket in engine.buckets:
+        steps = bucket.steps.to("cpu", copy=True)
         for key, shard in sharded_state(bucket).items():
             whole = gather_full(engine.group, bucket.layout, shard, bucket.params, to)
-            for param, tensor in zip(bucket.params, whole, strict=False):  # whole is empty on the other ranks
-                entry = state.setdefault(numbers[id(param)], {"step": optimizer.state[param]["step"].clone()})
+            for param, step, tensor in zip(bucket.params, steps, whole, strict=False):  # whole: rank ``to`` only
+                entry = state.setdefault(numbers[id(param)], {"step": step.clone()})
                 entry[key] = tensor
     return dict(sorted(state.items())) if engine.group.rank == to else None

@@ -29,7 +29,7 @@ from sharded_adamax.collectives import ControlPlane, Group
 from sharded_adamax.gathering import OverlappedGathering, ParameterGathering
 from sharded_adamax.gradients import GradientSource, ReducedGradients
 from sharded_adamax.guards import Guards
-from sharded_adamax.kernels import Hyper, choose, longest_merged_gap, prepare
+from sharded_adamax.kernels import Hyper, capture_problem, choose, folded, longest_merged_gap, prepare
 from sharded_adamax.late import await_in_forward
 from sharded_adamax.layout import Layout, ParamSpec
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
@@ -58,6 +58,7 @@ class Settings:
     skip_nonfinite: bool
     precision: Precision
     fused: bool = False  # a wish, of this rank: the numbers do not depend on it
+    capturable: bool = False  # see [Note: capturable] in kernels/captured.py
 
 
 class Engine:
@@ -94,14 +95,20 @@ class Engine:
         self.members += members
         for bucket_layout in self.layout.buckets[len(self.buckets) :]:
             owners = [members[slot.param - offset] for slot in bucket_layout.slots]
-            bucket = Bucket(bucket_layout, [m.param for m in owners], self.group.rank, self.settings.precision)
+            bucket = Bucket(
+                bucket_layout,
+                [m.param for m in owners],
+                self.group.rank,
+                self.settings.precision,
+                capturable=self.settings.capturable,
+            )
             self.group.broadcast(bucket.flat_param)
             bucket.refresh_master()
             self.buckets.append(bucket)
             self.source.add(bucket, [m.name for m in owners])
             for piece, param in zip(bucket.pieces, bucket.params, strict=True):
                 spec = self.layout.specs[piece.param]
-                state[param] = {"step": bucket.steps[piece.slot]}
+                state[param] = {"step": bucket.step_views[piece.slot]}
                 for key, flat in sharded_state(bucket).items():
                     local = part(flat, piece.in_shard)
                     state[param][key] = FlatShard(local, spec.shape, piece.in_param, spec.dim_order)
@@ -252,7 +259,7 @@ class Engine:
         """Hold the vote, launch all that is not launched, and return which slots have a gradient on any rank."""
         self.gathering.settle()
         # A parameter that was moved gets gradients that look wrong for other reasons, too: its problem comes first.
-        problem = self._moved_problem()
+        problem = self._moved_problem() or self._capture_problem(groups)
         vote = StepVote(
             self.control,
             self.source,
@@ -293,11 +300,11 @@ class Engine:
     def _update(self, index: int, used: list[bool], groups: list[ParamGroup], hypers: list[Hyper]) -> None:
         """Update this rank's shard of bucket ``index`` and launch its all-gather; nothing if no gradient went in."""
         bucket = self.buckets[index]
-        gradient = self.source.take_shard(index)
+        gradient, grad_scale = self.source.take_shard(index)
         if not any(used):
             return
         bucket.refresh_master()
-        bucket.steps.add_(torch.tensor(used, dtype=bucket.steps.dtype))
+        bucket.count_update(used)
         by_group: dict[int, list[int]] = {}
         for slot, (piece, is_used) in enumerate(zip(bucket.pieces, used, strict=True)):
             if is_used:
@@ -308,8 +315,17 @@ class Engine:
                 runs = bucket.runs(slots, longest_merged_gap(gradient.dtype, hyper.eps))
                 if not runs:  # this rank owns nothing of these parameters; foreach wants at least one tensor
                     continue
-                update_ = choose(groups[group_index]["foreach"], gradient.device, fused=self.settings.fused)
-                update_(
+                update_ = choose(
+                    groups[group_index]["foreach"],
+                    gradient.device,
+                    dtype=gradient.dtype,
+                    fused=self.settings.fused,
+                    capturable=self.settings.capturable,
+                )
+                rounded = (
+                    [part(bucket.param_shard, run.in_shard) for run in runs] if bucket.master is not None else None
+                )
+                folded(update_, grad_scale=grad_scale, rounded=rounded)(
                     [part(bucket.target, run.in_shard) for run in runs],
                     [part(gradient, run.in_shard) for run in runs],
                     [part(bucket.exp_avg, run.in_shard) for run in runs],
@@ -317,7 +333,6 @@ class Engine:
                     [run.step for run in runs],
                     hyper,
                 )
-            bucket.round_master()
         self.gathering.updated(index, bucket, self.source.step)
 
     def _moved_problem(self) -> str | None:
@@ -330,6 +345,11 @@ class Engine:
                     "Move and cast the model first, then build the optimizer; change values in place, with copy_"
                 )
         return None
+
+    def _capture_problem(self, groups: list[ParamGroup]) -> str | None:
+        if not self.buckets:
+            return None
+        return capture_problem(groups, self.buckets[0].flat_param.device, capturable=self.settings.capturable)
 
     def _names(self) -> list[str]:
         """Return the names of all parameters, in the order of the slots and then of the frozen ones."""

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class Peaks:
     bucket_bytes: int = 0
 
 
+class TakenShard(NamedTuple):
+    """The mean gradient of one shard, for its update."""
+
+    values: Tensor  # (shard_numel,)
+    scale: Tensor | None  # 0-d: what they are still to be multiplied by
+
+
 class GradientSource(ABC):
     """Where the shards of the mean gradients come from."""
 
@@ -90,12 +98,12 @@ class GradientSource(ABC):
         """Wait for bucket ``index`` and return its mean gradient shard, shape (shard_numel,), to be read."""
 
     @abstractmethod
-    def take_shard(self, index: int) -> Tensor:
-        """Wait for bucket ``index`` and hand over its mean gradient shard, shape (shard_numel,), to be consumed."""
+    def take_shard(self, index: int) -> TakenShard:
+        """Wait for bucket ``index`` and hand over its mean gradient shard, to be consumed."""
 
     @abstractmethod
     def scale_(self, factor: Tensor) -> None:
-        """Multiply all mean gradients by a 0-d tensor."""
+        """Multiply all mean gradients by a 0-d tensor, now or when they are next needed."""
 
     def missing(self) -> list[int]:
         """Return the ranks that reductions under way still wait for. For use after a failure only."""
@@ -149,7 +157,7 @@ class ReducedGradients(GradientSource):
         self._used = [[param.grad is not None for param in bucket.params] for bucket in self.buckets]
         params = list(chain.from_iterable(bucket.params for bucket in self.buckets))
         problem = sparse_problem(params)
-        check = self._checks.due() and self.group.size > 1
+        check = self._checks.due() and self.group.size > 1 and not _is_capturing()
         fingerprints = _fingerprints(params) if check else torch.zeros(0, dtype=torch.uint8)
         used = list(chain.from_iterable(self._used))
         return LocalView(used, [False] * len(self.buckets), fingerprints, self.num_rounds, problem)
@@ -165,8 +173,8 @@ class ReducedGradients(GradientSource):
         self.peaks.shard_bytes = max(self.peaks.shard_bytes, shard.nbytes)
         return shard
 
-    def take_shard(self, index: int) -> Tensor:
-        return self.shard(index)
+    def take_shard(self, index: int) -> TakenShard:
+        return TakenShard(self.shard(index), None)
 
     def scale_(self, factor: Tensor) -> None:
         params = chain.from_iterable(bucket.params for bucket in self.buckets)
@@ -177,6 +185,11 @@ class ReducedGradients(GradientSource):
 
     def discard(self, *, set_to_none: bool) -> None:
         pass
+
+
+def _is_capturing() -> bool:
+    """Return whether launches go into a CUDA graph: there is nothing to compare then, and reading it is forbidden."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _fingerprints(params: list[Tensor]) -> Tensor:

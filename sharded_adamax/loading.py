@@ -64,6 +64,8 @@ def _checked_groups(optimizer: Optimizer, state_dict: StateDict) -> list[dict[st
         # Files of older torch releases lack the newer flags; they were off then. So does torch's __setstate__.
         for flag, value in _FLAGS_ONCE_MISSING.items():
             loaded.setdefault(flag, value)
+        # This job's. In torch the loaded one wins, and moves `step` with it; here graphs and others hold on to `step`.
+        loaded["capturable"] = group["capturable"]
         refuse_flags(loaded)
     return list(groups)
 

@@ -51,7 +51,9 @@ class ShardedAdamax(torch.optim.Adamax):
         lr, betas, eps, weight_decay, foreach, maximize: As in torch.optim.Adamax. ``foreach=None`` is the plain loop
             on the CPU (in chunks that stay in the cache; the same bits) and foreach on CUDA, as there.
         differentiable: Refused: autograd cannot follow the update through a reduce-scatter.
-        capturable: Only False so far.
+        capturable: As in torch.optim.Adamax, for all groups alike: ``step`` lives on the device, and `step` of the
+            optimizer can be captured in a CUDA graph, together with backward. Designed for it, never run on a GPU; what
+            a captured step means here is in docs/design/kernels.md. On a CPU it can be given, but not stepped with.
         fused: True updates in one pass over memory: on the CPU compiled by torch's Inductor when the optimizer is
             built (seconds; needs a C++ compiler) and used only if its bits are those of the plain loop; on CUDA by
             Triton (never run on a GPU so far). Where there is no such kernel the update runs as without it, and a
@@ -118,6 +120,7 @@ class ShardedAdamax(torch.optim.Adamax):
             "reduce_dtype": reduce_dtype,
             "master_dtype": master_dtype,
             "skip_nonfinite": skip_nonfinite,
+            "capturable": capturable,
         }
 
         def build() -> None:

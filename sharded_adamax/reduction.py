@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
-from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, hooks, unhook
+from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, TakenShard, hooks, unhook
 from sharded_adamax.pending import Pending
 
 MAX_IN_FLIGHT = 2
@@ -78,6 +78,7 @@ class BackwardReduction(GradientSource):
         self._names: list[list[str]] = []
         self._num_launched = 0  # buckets 0 .. _num_launched - 1 are launched
         self._is_unscaled = False  # by a GradScaler, for the step that should come next
+        self._scale: Tensor | None = None  # what all shards are still to be multiplied by, see scale_
         self._in_flight: deque[tuple[int, Pending[Tensor]]] = deque()
 
     def add(self, bucket: Bucket, names: list[str]) -> None:
@@ -137,24 +138,36 @@ class BackwardReduction(GradientSource):
             self._launch_next()
 
     def launch_again(self, index: int) -> None:
+        self._settle_scale()  # it is not for the gradients of this round
         self._note_used(index)
         self._launch(index)
 
     def shard(self, index: int) -> Tensor:
+        self._settle_scale()
+        return self._unscaled_shard(index)
+
+    def _unscaled_shard(self, index: int) -> Tensor:
         while any(launched == index for launched, _ in self._in_flight):
             self._settle_oldest()
         shard = self._progress[index].shard
         assert shard is not None
         return shard
 
-    def take_shard(self, index: int) -> Tensor:
-        shard = self.shard(index)
+    def take_shard(self, index: int) -> TakenShard:
+        shard = self._unscaled_shard(index)
         self._progress[index].shard = None
-        return shard
+        return TakenShard(shard, self._scale)
 
     def scale_(self, factor: Tensor) -> None:
-        for index in range(len(self.buckets)):
-            self.shard(index).mul_(factor)
+        # Clipping is most often the last thing before the update, which may multiply in its own pass over the shards.
+        self._settle_scale()
+        self._scale = factor
+
+    def _settle_scale(self) -> None:
+        if self._scale is not None:
+            for index in range(len(self.buckets)):
+                self._unscaled_shard(index).mul_(self._scale)
+            self._scale = None
 
     def unscale_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Multiply all mean gradients by ``inv_scale``; set ``found_inf`` to 1 if one is not finite on this rank.
@@ -182,6 +195,7 @@ class BackwardReduction(GradientSource):
         self._num_launched = 0
         self.num_rounds += 1
         self._is_unscaled = False
+        self._scale = None
         self.must_agree_first = False
 
     def _drop_without_step(self) -> None:

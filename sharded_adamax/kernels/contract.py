@@ -23,9 +23,11 @@ class Hyper(NamedTuple):
     def of(cls, group: dict[str, Any]) -> Hyper:
         beta1, beta2 = group["betas"]
         lr = group["lr"]
-        # A 1-element tensor that is not 0-d would broadcast the arithmetic on it to one dimension. One on a device is
-        # read by the host in any case, as by torch: here once per step, and not once per bucket.
-        lr = lr.squeeze().cpu() if isinstance(lr, Tensor) else lr
+        if isinstance(lr, Tensor):
+            # A 1-element tensor that is not 0-d would broadcast the arithmetic on it to one dimension.
+            lr = lr.squeeze()
+            # One on a device is read by the host, as by torch: here once per step, and not once per bucket.
+            lr = lr if group["capturable"] else lr.cpu()
         return cls(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
     @property
@@ -35,7 +37,10 @@ class Hyper(NamedTuple):
 
 
 class Kernel(Protocol):
-    """See [Note: kernel]. The lists have at least one tensor."""
+    """See [Note: kernel]. The lists have at least one tensor.
+
+    ``steps`` are numbers; for the kernels of [Note: capturable] 0-d tensors.
+    """
 
     def __call__(
         self,
@@ -43,7 +48,7 @@ class Kernel(Protocol):
         grads: Sequence[Tensor],
         exp_avgs: Sequence[Tensor],
         exp_infs: Sequence[Tensor],
-        steps: Sequence[float],
+        steps: Sequence[Any],
         hyper: Hyper,
     ) -> None: ...
 
@@ -81,5 +86,3 @@ def refuse_flags(group: dict[str, Any]) -> None:
             "differentiable=True is not supported: autograd cannot follow the update through the reduce-scatter of the "
             "gradients and the all-gather of the parameters. Use torch.optim.Adamax"
         )
-    if group["capturable"]:
-        raise NotImplementedError("capturable=True is not implemented yet: expected False")

@@ -22,6 +22,21 @@ def update_(
     hyper: Hyper,
 ) -> None:
     """Update all tensors together. See [Note: kernel]."""
+    params, grads, exp_avgs, exp_infs = moments_(params, grads, exp_avgs, exp_infs, hyper)
+    # The scalar is computed in double, as torch does: float(lr) of a tensor lr is its exact value.
+    lr = float(hyper.lr)
+    step_sizes = [(lr / (1 - hyper.beta1**step)) * -1 for step in steps]
+    torch._foreach_addcdiv_(params, exp_avgs, exp_infs, step_sizes)
+
+
+def moments_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_infs: Sequence[Tensor],
+    hyper: Hyper,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Bring m and u up to date. Returns all four lists, real; the gradients are free from here on."""
     params, grads, exp_avgs, exp_infs = (
         [as_real(tensor) for tensor in tensors] for tensors in (params, grads, exp_avgs, exp_infs)
     )
@@ -34,7 +49,4 @@ def update_(
     torch._foreach_abs_(grads)
     torch._foreach_add_(grads, hyper.eps)
     torch._foreach_maximum_(exp_infs, grads)
-    # The scalar is computed in double, as torch does: float(lr) of a tensor lr is its exact value.
-    lr = float(hyper.lr)
-    step_sizes = [(lr / (1 - hyper.beta1**step)) * -1 for step in steps]
-    torch._foreach_addcdiv_(params, exp_avgs, exp_infs, step_sizes)
+    return params, grads, exp_avgs, exp_infs

@@ -8,6 +8,7 @@ with ``cuda_order``, and of its CPU kernels without. They differ in the last ope
     CUDA   fma(-step_size, m / u, p)
     CPU    p + (-step_size * m) / u
 
+With a correction, computed on the device (see [Note: capturable] in captured.py), both are p + m / (correction * u).
 ``div_rn`` because Triton's ``/`` is an approximation of the quotient.
 
 Source: torch/optim/adamax.py; the order of operations on CUDA from ATen/native/cuda (Lerp.cuh, PointwiseOps).
@@ -26,7 +27,8 @@ def adamax(
     exp_avg_ptr,  # float32
     exp_inf_ptr,  # float32
     rounded_ptr,  # 16 bits: where the master goes, rounded to nearest even; or None
-    scale_ptr,  # float32, 0-d: gradients are multiplied by it, first of all; or None
+    scale_ptr,  # 0-d: gradients are multiplied by it, first of all; or None
+    correction_ptr,  # 0-d: (beta1 ** step - 1) / lr, instead of neg_step_size; or None
     numel,
     neg_step_size,
     weight,
@@ -47,7 +49,7 @@ def adamax(
     m = tl.load(exp_avg_ptr + offsets, mask=mask)
     u = tl.load(exp_inf_ptr + offsets, mask=mask)
     if scale_ptr is not None:
-        g = g * tl.load(scale_ptr)
+        g = g * tl.load(scale_ptr).to(tl.float32)
     if maximize:
         g = -g
     if decays:
@@ -57,7 +59,9 @@ def adamax(
     else:
         m = tl.fma(g - m, weight - 1.0, g)
     u = tl.maximum(u * beta2, tl.abs(g) + eps, propagate_nan=tl.PropagateNan.ALL)
-    if cuda_order:  # noqa: SIM108
+    if correction_ptr is not None:
+        p = p + tl.div_rn(m, u * tl.load(correction_ptr).to(tl.float32))
+    elif cuda_order:
         p = tl.fma(tl.div_rn(m, u), neg_step_size, p)
     else:
         p = p + tl.div_rn(m * neg_step_size, u)

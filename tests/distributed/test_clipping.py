@@ -158,14 +158,15 @@ def _clip_then_more() -> None:
     optimizer.clip_grad_norm_(0.5)
     optimizer.zero_grad()
     backward(params, [gradient(0, rank, i, p) for i, p in enumerate(params)])
-    optimizer.clip_grad_norm_(1e9)
+    once, twice = (torch.clamp(limit / (optimizer.clip_grad_norm_(limit) + 1e-6), max=1.0) for limit in (0.5, 0.2))
+    assert once < 1 and twice < 1
     backward(params, [gradient(1, rank, i, p) for i, p in enumerate(params)])
     optimizer.step()
     first, second = (mean_gradients(step, expected, world_size) for step in (0, 1))
     for param, one, two in zip(expected, first, second, strict=True):
         assert one is not None
         assert two is not None
-        param.grad = one + two
+        param.grad = one * once * twice + two
     reference.step()
     for index, (param, other) in enumerate(zip(params, expected, strict=True)):
         assert_same_bits(param, other, f"parameter {index}")

@@ -53,6 +53,10 @@ def _another_bucket(named: list[tuple[str, nn.Parameter]], options: dict[str, An
     options["bucket_mib"] = 1
 
 
+def _another_formula(named: list[tuple[str, nn.Parameter]], options: dict[str, Any]) -> None:
+    options["capturable"] = True
+
+
 DIFFERENCES: dict[str, tuple[Callable[..., None], str]] = {
     "shape": (_another_shape, r"ranks 0, 2 have bias of shape \(3,\).*rank 1 has bias of shape \(4,\)"),
     "dtype": (_another_dtype, r"ranks 0, 2 have bias .*float32.*rank 1 has bias .*float64"),
@@ -60,6 +64,7 @@ DIFFERENCES: dict[str, tuple[Callable[..., None], str]] = {
     "number": (_one_less, r"ranks 0, 2 have scale .*rank 1 has nothing"),
     "frozen": (_frozen, r"ranks 0, 2 have bias .*rank 1 has bias .*frozen"),
     "lr": (_another_lr, r"ranks 0, 2 have group 0: lr=0.002.*rank 1 has group 0: lr=0.0005"),
+    "capturable": (_another_formula, r"ranks 0, 2 have capturable=False; rank 1 has capturable=True"),
     "bucket": (_another_bucket, r"ranks 0, 2 have .*bucket_mib=25.*rank 1 has .*bucket_mib=1"),
 }
 

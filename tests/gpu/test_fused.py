@@ -71,7 +71,8 @@ def test_a_scaled_gradient_of_16_bits_gives_the_master_and_its_rounding(dtype: t
     rounded = torch.empty_like(gradient)
     hyper = Hyper.of(reference.param_groups[0])
     scale = torch.tensor(0.3, device=DEVICE)
-    cuda.launch_(param, gradient, exp_avg, exp_inf, step=1, hyper=hyper, rounded=rounded, grad_scale=scale)
+    step_size = 2e-3 / (1 - 0.9)
+    cuda.launch_(param, gradient, exp_avg, exp_inf, step_size=step_size, hyper=hyper, rounded=rounded, grad_scale=scale)
     assert _same_bits(param, expected.detach())
     assert torch.equal(rounded, expected.detach().to(dtype))
 

@@ -55,6 +55,7 @@ def compiled(
     grad: str = "fp32",
     rounded: str | None = None,
     scales: bool = False,
+    capturable: bool = False,
     is_multiple_of_16: bool = True,
     decays: bool = False,
     maximize: bool = False,
@@ -65,7 +66,10 @@ def compiled(
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    types = {"grad_ptr": f"*{grad}", "rounded_ptr": rounded and f"*{rounded}", "scale_ptr": "*fp32" if scales else None}
+    types = {
+        "grad_ptr": f"*{grad}", "rounded_ptr": rounded and f"*{rounded}", "scale_ptr": "*fp32" if scales else None,
+        "correction_ptr": "*fp32" if capturable else None,
+    }  # fmt: skip
     flags: dict[str, Any] = {
         "decays": decays, "maximize": maximize, "near": near, "cuda_order": cuda_order, "block": BLOCK,
     }  # fmt: skip

@@ -6,6 +6,7 @@ it is compared with a model of torch's CUDA kernels, written from their source. 
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_adamax.kernels import Hyper, eager
+from sharded_adamax.kernels import Hyper, captured, eager
 from sharded_adamax.kernels.cuda import BLOCK
 from sharded_adamax.kernels.triton_source import adamax
 from tests.ptx.aot import compiled
@@ -51,7 +52,15 @@ class Shard:
         self.param, self.exp_avg, self.exp_inf = values.numpy(), np.zeros(numel, "f4"), np.zeros(numel, "f4")
         self.rounded: Array | None = None
 
-    def update(self, program: Program, gradient: Array, step: int, hyper: Hyper, scale: float | None = None) -> None:
+    def update(
+        self,
+        program: Program,
+        gradient: Array,
+        step: int,
+        hyper: Hyper,
+        scale: float | None = None,
+        correction: float | None = None,
+    ) -> None:
         """Run the program once, and check that it reads and writes each byte once."""
         memory = Memory()
         held = [memory.add(array) for array in (self.param, gradient, self.exp_avg, self.exp_inf)]
@@ -59,9 +68,8 @@ class Shard:
         if self.rounded is not None:
             written = memory.add(self.rounded)
             pointers.append(written.address)
-        if scale is not None:
-            pointers.append(memory.add(np.array([scale], "f4")).address)
-        neg_step_size = -(float(hyper.lr) / (1 - hyper.beta1**step))
+        pointers += [memory.add(np.array([x], "f4")).address for x in (scale, correction) if x is not None]
+        neg_step_size = -(float(hyper.lr) / (1 - hyper.beta1**step)) if correction is None else math.nan
         numbers = (neg_step_size, 1 - hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
         arguments = [*pointers, len(self.param), *map(float, numbers)]
         program.run(-(-len(self.param) // BLOCK), memory, arguments)
@@ -92,6 +100,24 @@ def test_with_the_roundings_of_a_cpu_the_bits_are_torchs(flags: dict[str, Any], 
         expected.grad = _gradient(step, NUMEL)
         reference.step()
         shard.update(program, _gradient(step, NUMEL).numpy(), step, hyper)
+    state = reference.state[expected]
+    shard.assert_same(expected, state["exp_avg"], state["exp_inf"])
+
+
+@pytest.mark.usefixtures("capturable_on_cpu")
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_with_a_correction_from_the_device_the_bits_are_those_of_torchs_capturable(flags: dict[str, Any]) -> None:
+    """CUDA and the CPU round this formula alike: a product, a quotient and a sum, of which none are fused."""
+    shard = Shard()
+    expected = torch.nn.Parameter(torch.from_numpy(shard.param.copy()))
+    reference = torch.optim.Adamax([expected], foreach=True, capturable=True, **flags)
+    hyper = Hyper.of(reference.param_groups[0])
+    program = _variant(hyper, capturable=True)
+    for step in range(1, 6):
+        expected.grad = _gradient(step, NUMEL)
+        reference.step()
+        (correction,) = captured.corrections([reference.state[expected]["step"]], hyper)
+        shard.update(program, _gradient(step, NUMEL).numpy(), step, hyper, correction=correction.item())
     state = reference.state[expected]
     shard.assert_same(expected, state["exp_avg"], state["exp_inf"])
 

@@ -37,10 +37,12 @@ def test_one_pass_in_wide_accesses_without_spills(name: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_scale_costs_one_scalar_load(arch: int) -> None:
-    without, scaled = compiled(adamax, arch), compiled(adamax, arch, scales=True)
-    assert sorted(scaled.accesses()) == sorted([*without.accesses(), ("ld", 4)])
-    assert scaled.stack_bytes == scaled.local_bytes == 0
+@pytest.mark.parametrize("flag", ["scales", "capturable"])
+def test_a_scale_and_a_correction_from_the_device_cost_one_scalar_load(flag: str, arch: int) -> None:
+    without, with_scalar = compiled(adamax, arch), compiled(adamax, arch, **{flag: True})
+    assert sorted(with_scalar.accesses()) == sorted([*without.accesses(), ("ld", 4)])
+    assert with_scalar.stack_bytes == with_scalar.local_bytes == 0
+    assert with_scalar.registers <= 64
 
 
 def test_a_second_pass_would_be_noticed() -> None:

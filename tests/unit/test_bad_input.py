@@ -147,7 +147,7 @@ def test_duplicates_in_a_group_warn_in_torchs_words() -> None:
 def test_a_refused_construction_leaves_the_parameters_alone() -> None:
     model = nn.Linear(3, 2)
     addresses = [param.data_ptr() for param in model.parameters()]
-    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"capturable": True}, {"bucket_mib": 0}]
+    refused: list[dict[str, Any]] = [{"lr": -1.0}, {"differentiable": True}, {"state_format": "x"}, {"bucket_mib": 0}]
     for bad in refused:
         assert _outcome(partial(ShardedAdamax, model.parameters(), **bad)) != NOTHING_RAISED
     assert [param.data_ptr() for param in model.parameters()] == addresses
@@ -177,7 +177,6 @@ def test_fused_and_foreach_together_are_refused_in_torchs_words() -> None:
 
 
 NOT_YET: dict[str, Any] = {
-    "capturable": True,
     "state_format": "compact",
 }
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from sharded_adamax.kernels import Hyper, choose, cuda, foreach, notices
+from sharded_adamax.kernels import choose, cuda, foreach, notices
 
 CUDA = torch.device("cuda")
 
@@ -25,13 +25,8 @@ def test_the_one_pass_kernel_is_chosen_only_where_it_is_asked_for() -> None:
 
 def test_other_dtypes_go_to_foreach_and_say_so() -> None:
     notices._said.clear()
-    hyper = Hyper(2e-3, 0.9, 0.999, 1e-8, 0.0, False)
-    tensors = [torch.ones(5, dtype=torch.float64) for _ in range(4)]
-    expected = [tensor.clone() for tensor in tensors]
     with pytest.warns(RuntimeWarning, match=r"fused=True has no one-pass kernel for torch.float64 on CUDA"):
-        cuda.update_(*([tensor] for tensor in tensors), [1.0], hyper)  # type: ignore[misc, arg-type]
-    foreach.update_(*([tensor] for tensor in expected), [1.0], hyper)  # type: ignore[misc, arg-type]
-    assert torch.equal(tensors[0], expected[0])
+        assert choose(None, CUDA, dtype=torch.float64, fused=True) is foreach.update_
 
 
 def test_an_accelerator_without_a_kernel_says_so() -> None:
@@ -68,7 +63,11 @@ for numel in (1, 1000, 1024, 5000):
             gradient = torch.randn(numel)
             expected.grad = gradient.clone()
             reference.step()
-            cuda.update_([param], [gradient], [exp_avg], [exp_inf], [step], Hyper.of(reference.param_groups[0]))
+            hyper, lists = Hyper.of(reference.param_groups[0]), ([param], [gradient], [exp_avg], [exp_inf])
+            if numel == 1000:
+                cuda.update_capturable_(*lists, [torch.tensor(step)], hyper)
+            else:
+                cuda.update_(*lists, [step], hyper)
             assert torch.equal(gradient, expected.grad)
         state = reference.state[expected]
         for ours, of_torch in ((param, expected), (exp_avg, state["exp_avg"]), (exp_inf, state["exp_inf"])):
@@ -76,10 +75,30 @@ for numel in (1, 1000, 1024, 5000):
 param, gradient, exp_avg, exp_inf = torch.ones(100), torch.full((100,), 6.0), torch.zeros(100), torch.zeros(100)
 rounded = torch.zeros(100, dtype=torch.float16)
 cuda.launch_(
-    param, gradient, exp_avg, exp_inf, step=1, hyper=Hyper(0.5, 0.9, 0.999, 0.0, 0.0, False), rounded=rounded,
+    param, gradient, exp_avg, exp_inf, step_size=5.0, hyper=Hyper(0.5, 0.9, 0.999, 0.0, 0.0, False), rounded=rounded,
     grad_scale=torch.tensor(0.5),
 )
 assert exp_inf.eq(3).all() and rounded.eq(0.5).all() and (param - 0.5).abs().max() < 1e-6, (param, rounded)
+
+# The optimizer hands over the clip factor and the parameters of 16 bits.
+from sharded_adamax import ShardedAdamax, engine
+engine.choose = lambda *_, **__: cuda.update_
+values = [torch.randn(numel).half() for numel in (300, 7)]
+ours = [torch.nn.Parameter(value.clone()) for value in values]
+expected = [torch.nn.Parameter(value.float()) for value in values]
+optimizer, reference = ShardedAdamax(ours, master_dtype=torch.float32), torch.optim.Adamax(expected)
+for step in range(4):
+    for param, other in zip(ours, expected):
+        gradient = None if step == 1 and len(param) == 7 else torch.randn(len(param)).half()
+        param.grad, other.grad = gradient, None if gradient is None else gradient.float()
+    optimizer.clip_grad_norm_(0.1)
+    torch.nn.utils.clip_grad_norm_(expected, 0.1)
+    optimizer.step()
+    reference.step()
+for param, other in zip(ours, expected):
+    master = optimizer.state[param]["master_param"].whole()
+    torch.testing.assert_close(master, other.detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(param, master.half())
 """
 
 

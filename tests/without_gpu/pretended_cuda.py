@@ -1,4 +1,4 @@
-"""CUDA tensors on a machine that has none: FakeTensors, a guard that does nothing, and a count of waits for the device.
+"""CUDA tensors on a machine that has none: FakeTensors, a guard that does nothing, and counts of waits and launches.
 
 Run in a process of its own: the guard cannot be taken out again.
 """
@@ -40,12 +40,16 @@ def pretend(directory: Path) -> None:
     command = [compiler, "-shared", "-fPIC", "-std=c++20", str(GUARD), "-o", str(library)]
     subprocess.run([*command, f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}", "-lc10"], check=True)
     ctypes.CDLL(str(library))
+    torch.cuda._lazy_init = lambda: None  # asked for before any .to(device)
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # torch.distributed asks before a broadcast
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for the device: values that it reads, and copies to host memory."""
+    """Counts what makes the host wait for the device: values that it reads, and copies to host memory.
+
+    And copies from there, which wait where the memory is not pinned, and which no CUDA graph can hold.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +68,26 @@ class Waits(TorchDispatchMode):
         written = [inputs[0]] if name == "aten::copy_" else tree_leaves(outputs)
         if on_device and any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in written):
             self.counts["copy to the host"] += 1
+        from_host = any(tensor.device.type == "cpu" for tensor in inputs)
+        if from_host and any(isinstance(leaf, Tensor) and leaf.device.type == "cuda" for leaf in written):
+            self.counts["copy to the device"] += 1
         return outputs
+
+
+class Launches(TorchDispatchMode):
+    """Notes each operation that would start a kernel: its name, and on how many tensors at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        is_view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        namespace, name = func._schema.name.split("::")
+        if namespace == "aten" and not is_view and any(tensor.device.type == "cuda" for tensor in inputs):
+            self.found.append((name, next((len(each) for each in args if isinstance(each, list | tuple)), 1)))
+        return func(*args, **(kwargs or {}))
 
 
 class Job:
@@ -77,15 +100,21 @@ class Job:
             self.model = nn.Sequential(nn.Linear(64, 128, **where), nn.Tanh(), nn.Linear(128, 8, **where))
             self.inputs = torch.empty(16, 64, device="cuda", dtype=dtype)
         precision = Precision(settings.pop("reduce_dtype", None), settings.pop("master_dtype", None))
-        skip_nonfinite = settings.pop("skip_nonfinite", False)
+        skip_nonfinite, fused = settings.pop("skip_nonfinite", False), settings.pop("fused", False)
+        bucket_bytes, num_groups = settings.pop("bucket_bytes", 2048), settings.pop("num_groups", 1)
         self.group: dict[str, Any] = {**torch.optim.Adamax([nn.Parameter(torch.ones(1))]).param_groups[0], **settings}
+        self.groups = [self.group] * num_groups
         self.engine = Engine(
             ControlPlane(None),  # the votes are on the host and of this rank alone
             ProcessGroup(dist.group.WORLD),
-            Settings(reduce_gradients, 2048, skip_nonfinite, precision, fused=False),
+            Settings(
+                reduce_gradients, bucket_bytes, skip_nonfinite, precision, fused, capturable=self.group["capturable"]
+            ),
         )
+        self.without_gradient: set[str] = set()
         self.state: dict[Tensor, Any] = {}
-        self.engine.extend([Member(p, name, 0) for name, p in self.model.named_parameters()], self.state)
+        named = enumerate(self.model.named_parameters())
+        self.engine.extend([Member(p, name, i // (4 // num_groups)) for i, (name, p) in named], self.state)
 
     def waits_per_step(self, between: Callable[[], object] = lambda: None, num_steps: int = 5) -> dict[str, float]:
         """Train, and return what made the host wait, per step."""
@@ -93,7 +122,7 @@ class Job:
             for _ in range(num_steps):
                 self._backward()
                 between()
-                self.engine.step([self.group], self.state)
+                self.engine.step(self.groups, self.state)
                 self.engine.discard(set_to_none=True)
         calls = self.engine.group.traffic.calls
         num_buckets = len(self.engine.buckets)
@@ -102,18 +131,31 @@ class Job:
             assert calls["reduce_scatter"] == num_steps * num_buckets
         return {name: count / num_steps for name, count in waits.counts.items() if count}
 
+    def launches_of_step(self, between: Callable[[], object] = lambda: None) -> list[tuple[str, int]]:
+        """Take a step, and return what it would launch after all gradients have arrived."""
+        self._backward()
+        self.engine.reduce(self.groups, self.state)
+        for index in range(len(self.engine.buckets)):
+            self.engine.source.shard(index)
+        between()
+        with Launches() as launches:
+            self.engine.step(self.groups, self.state)
+        return launches.found
+
     def _backward(self) -> None:
         """Deliver gradients and call the hooks as autograd does; its threads need a real device."""
-        for param in reversed(list(self.model.parameters())):
+        for name, param in reversed(list(self.model.named_parameters())):
+            if name in self.without_gradient:
+                continue
             with self.fake:
                 param.grad = torch.empty_like(param)
             for hook in list((param._post_accumulate_grad_hooks or {}).values()):  # type: ignore[attr-defined]
                 hook(param)
 
     def clip(self, *, error_if_nonfinite: bool = False) -> None:
-        self.engine.clip_([self.group], self.state, 1.0, 2.0, error_if_nonfinite)
+        self.engine.clip_(self.groups, self.state, 1.0, 2.0, error_if_nonfinite)
 
     def unscale(self) -> None:
         with self.fake:
             inv_scale, found = torch.empty((), device="cuda"), torch.empty((), device="cuda")
-        self.engine.unscale_([self.group], self.state, inv_scale, found, allow_fp16=False)
+        self.engine.unscale_(self.groups, self.state, inv_scale, found, allow_fp16=False)
