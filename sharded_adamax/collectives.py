@@ -14,6 +14,8 @@ independent of how parameters are packed into buckets.
 
 from __future__ import annotations
 
+import ctypes
+import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -85,18 +87,22 @@ class ControlPlane:
         self.traffic.record("exchange", 0)
         if self._process_group is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._process_group)
-        return values
+        data = _to_bytes(value)
+        sizes = self._sizes(data)
+        rows = list(torch.empty(self.size, max(sizes), dtype=torch.uint8).unbind())
+        dist.all_gather(rows, _padded(data, max(sizes)), group=self._process_group)
+        return [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
 
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks on the first one, by rank; None elsewhere. Picklable objects."""
         self.traffic.record("gather", 0)
         if self._process_group is None:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self._process_group, group_dst=0)
-        return values
+        data = _to_bytes(value)
+        sizes = self._sizes(data)
+        rows = list(torch.empty(self.size, max(sizes), dtype=torch.uint8).unbind()) if self.rank == 0 else None
+        dist.gather(_padded(data, max(sizes)), rows, group=self._process_group, group_dst=0)
+        return None if rows is None else [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
 
     def scatter(self, values: list[T] | None) -> T:
         """Return the value that the first rank has for this one; ``values`` counts there only. Picklable objects."""
@@ -104,10 +110,34 @@ class ControlPlane:
         if self._process_group is None:
             assert values is not None
             return values[0]
-        received: list[Any] = [None]
-        dist.scatter_object_list(received, values, group=self._process_group, group_src=0)
-        result: T = received[0]
+        data = [] if values is None or self.rank != 0 else [_to_bytes(value) for value in values]
+        sizes = torch.tensor([each.numel() for each in data] or [0] * self.size)
+        dist.broadcast(sizes, group=self._process_group, group_src=0)
+        longest = int(sizes.max())
+        received = torch.empty(longest, dtype=torch.uint8)
+        rows = [_padded(each, longest) for each in data] or None
+        dist.scatter(received, rows, group=self._process_group, group_src=0)
+        result: T = _from_bytes(received, int(sizes[self.rank]))
         return result
+
+    def _sizes(self, data: Tensor) -> list[int]:
+        """Return how many bytes each rank has."""
+        sizes = list(torch.empty(self.size, 1, dtype=torch.int64).unbind())
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._process_group)
+        return [int(size) for size in sizes]
+
+
+# torch's own collectives for objects need numpy, as does Tensor.numpy(). The package needs torch alone.
+def _to_bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor, num_bytes: int) -> Any:
+    return pickle.loads(ctypes.string_at(data.data_ptr(), num_bytes))
+
+
+def _padded(data: Tensor, numel: int) -> Tensor:
+    return torch.nn.functional.pad(data, (0, numel - data.numel()))
 
 
 class Group(ABC):
