@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sharded_adamax.layout import ALIGNMENT_NUMEL, BucketLayout, Piece, dense_strides
 from sharded_adamax.ranges import Range, dim_order, round_up
+from sharded_adamax.streams import take_over
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -119,6 +120,7 @@ class Bucket:
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             view = self.flat_param.as_strided(param.shape, dense_strides(param), slot.start)
             view.copy_(param.detach())
+            take_over([param])
             param.data = view
 
     def count_update(self, used: Sequence[bool]) -> None:

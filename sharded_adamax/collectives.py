@@ -15,6 +15,7 @@ independent of how parameters are packed into buckets.
 from __future__ import annotations
 
 import ctypes
+import functools
 import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -27,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Pending
+from sharded_adamax import streams
+from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued
 
 T = TypeVar("T")
 
@@ -183,7 +185,7 @@ class LocalGroup(Group):
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         self.traffic.record("reduce_scatter", 0)
-        return Done(bucket)
+        return Queued(bucket, streams.current(bucket.device))
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         self.traffic.record("all_gather", 0)
@@ -252,46 +254,64 @@ class GlooGroup(ProcessGroup):
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         rows = _as_real(bucket).view(self.size, -1)  # row q is meant for rank q
-        received = rows.new_empty(rows.shape[1] * (self.size - 1)).view(self.size - 1, -1)
-        arrivals = {peer: received[i] for i, peer in enumerate(self._peers())}
-        arrivals[self.rank] = rows[self.rank]
-        is_complex = bucket.is_complex()
+        # Each row that arrives has memory of its own, so that one of them can become the result and the others go.
+        values = {peer: torch.empty_like(rows[peer]) for peer in self._peers()}
+        held_bytes = bucket.nbytes + (self.size - 2) * rows[0].nbytes
+        # The result takes the place of the first value that arrives from another rank: a + b has the bits of b + a, and
+        # fresh memory would cost more than the sum, because the kernel has to clear it page by page.
+        values[self.rank] = rows[self.rank]
+        total, second = (values[1], values[0]) if self.rank == 0 else (values[0], values[1])
+        others = [second, *(values[peer] for peer in range(2, self.size))]
 
-        def sum_in_rank_order() -> Tensor:
-            total = torch.add(arrivals[0], arrivals[1])
-            for peer in range(2, self.size):
-                total.add_(arrivals[peer])
-            arrivals.clear()
-            return torch.view_as_complex(total.view(-1, 2)) if is_complex else total
+        def add(part: slice) -> None:
+            for other in others:
+                total[part].add_(other[part])
 
-        messages = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: arrivals[peer])
-        return Messages(self.rank, messages, sum_in_rank_order, held_bytes=bucket.nbytes + received.nbytes)
+        parts = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: values[peer], then=add)
+        result = torch.view_as_complex(total.view(-1, 2)) if bucket.is_complex() else total
+        return Messages(self.rank, parts, result, held_bytes)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         rows = _as_real(bucket).view(self.size, -1)  # row q comes from rank q
-        messages = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
-        return Messages(self.rank, messages, lambda: None, held_bytes=0)
+        parts = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
+        return Messages(self.rank, parts, None, held_bytes=0)
 
     def _peers(self) -> list[int]:
         """Return the other ranks, the next one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-    def _start(self, kind: str, *, send: Callable[[int], Tensor], receive: Callable[[int], Tensor]) -> list[Message]:
-        """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``."""
+    def _start(
+        self,
+        kind: str,
+        *,
+        send: Callable[[int], Tensor],
+        receive: Callable[[int], Tensor],
+        then: Callable[[slice], None] = lambda part: None,
+    ) -> list[Part]:
+        """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``.
+
+        Args:
+            send: The row for a rank.
+            receive: Where the row of a rank is to go.
+            then: Called while waiting, with each part of a row, in order, when it has come from all ranks.
+        """
         row = send(self._peers()[0])
         message_numel = MESSAGE_BYTES // row.element_size()
-        messages = []
+        parts = []
+        # All at once: gloo sends nothing that the other rank does not receive yet.
         for start in range(0, row.numel(), message_numel):
             part = slice(start, start + message_numel)
             tag = FIRST_TAG[kind] + self._num_messages[kind] % NUM_TAGS
             self._num_messages[kind] += 1
+            messages = []
             for peer in self._peers():
                 arrival = self._process_group.recv([receive(peer)[part]], peer, tag)
                 messages.append(Message(peer, is_arrival=True, work=arrival))
                 departure = self._process_group.send([send(peer)[part]], peer, tag)
                 messages.append(Message(peer, is_arrival=False, work=departure))
+            parts.append(Part(messages, functools.partial(then, part)))
         self.traffic.record(kind, row.nbytes * (self.size - 1))
-        return messages
+        return parts
 
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}

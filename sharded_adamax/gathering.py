@@ -3,7 +3,8 @@
 [Note: overlapped gathering]  Without overlap an all-gather starts as soon as its bucket is updated, and `step` waits
 for all. With it, all-gathers start when every bucket is updated, the one that the forward pass needs first goes first,
 and `step` waits for none. Until a bucket has arrived its parameters are late, see [Note: late parameter] in late.py:
-whoever needs one waits for its bucket. The next step waits for what nobody needed.
+whoever needs one waits for its bucket. The next step waits for what nobody needed. On a GPU it is a stream that waits,
+see [Note: stream] in streams.py; another follows when it runs a module.
 
 The order is that in which buckets were awaited since the last step on the first rank; the vote of the step tells the
 others, so that all issue their all-gathers in one order, also where ranks run different modules.
@@ -13,14 +14,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch.profiler import record_function
 
+from sharded_adamax import streams
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
-from sharded_adamax.late import make_late, make_plain
+from sharded_adamax.late import ask_to_follow, make_late, make_plain
 from sharded_adamax.pending import LostRankError, Pending
+
+
+@dataclass
+class _Gather:
+    """The latest all-gather of one bucket."""
+
+    index: int
+    bucket: Bucket
+    pending: Pending[None]
+    step: int
+    streams: set[torch.Stream | None] = field(default_factory=set)  # that have waited for it
+
+    def wait(self) -> None:
+        with record_function(f"sharded_adamax::wait gather bucket {self.index}"):
+            self.pending.wait(f"the all-gather of bucket {self.index}, step {self.step}")
 
 
 class ParameterGathering:
@@ -30,13 +49,11 @@ class ParameterGathering:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._under_way: dict[int, Pending[None]] = {}  # by index of the bucket, in the order of launching
-        self._step = 0
+        self._gathers: dict[int, _Gather] = {}  # by index of the bucket
 
     def updated(self, index: int, bucket: Bucket, step: int) -> None:
         """Take note that this rank's shard of ``bucket``, the ``index``-th, is new. Collective."""
-        self._step = step
-        self._launch(index, bucket)
+        self._launch(index, bucket, step)
 
     def complete(self) -> None:
         """Finish a step: all buckets are updated. Collective."""
@@ -48,8 +65,9 @@ class ParameterGathering:
         Raises:
             LostRankError: A rank is missing; some parameters are partly old.
         """
-        for index in list(self._under_way):
-            self._wait(index)
+        for gather in self._gathers.values():
+            gather.wait()
+        self._gathers.clear()
 
     def wanted_order(self) -> list[int]:
         """Return buckets in the order in which this rank needed them since the last step."""
@@ -59,14 +77,10 @@ class ParameterGathering:
         """Describe what must be the same on all ranks."""
         return "overlap_forward not called"
 
-    def _launch(self, index: int, bucket: Bucket) -> None:
+    def _launch(self, index: int, bucket: Bucket, step: int) -> None:
         with record_function(f"sharded_adamax::all_gather bucket {index}"):
-            self._under_way[index] = self.group.all_gather(bucket.flat_param)
-
-    def _wait(self, index: int) -> None:
-        with record_function(f"sharded_adamax::wait gather bucket {index}"):
-            self._under_way[index].wait(f"the all-gather of bucket {index}, step {self._step}")
-        del self._under_way[index]
+            self._gathers.pop(index, None)  # so that they are in the order of launching
+            self._gathers[index] = _Gather(index, bucket, self.group.all_gather(bucket.flat_param), step)
 
 
 class OverlappedGathering(ParameterGathering):
@@ -74,23 +88,27 @@ class OverlappedGathering(ParameterGathering):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._buckets: dict[int, Bucket] = {}  # updated in this step
+        self._updated: dict[int, tuple[Bucket, int]] = {}  # since the last step, with the step
         self._awaited: list[int] = []  # since the last step, in this order
+        self._abreast: set[torch.Stream | None] = set()  # streams that have waited for all that any has waited for
         self._lock = threading.RLock()  # autograd's threads may be the first to look at a parameter
         self._error: LostRankError | None = None
 
     def updated(self, index: int, bucket: Bucket, step: int) -> None:
-        self._step = step
-        self._buckets[index] = bucket
+        self._updated[index] = bucket, step
 
     def complete(self) -> None:
         self._awaited.clear()
-        for index in sorted(self._buckets, key=_places(self.order)):
-            self._launch(index, self._buckets[index])
-            make_late(self._buckets[index].params, partial(self.wait, index))
+        for index in sorted(self._updated, key=_places(self.order)):
+            bucket, step = self._updated[index]
+            self._launch(index, bucket, step)
+            make_late(bucket.params, partial(self.wait, index))
+        if self._updated and self._here() is not None:
+            ask_to_follow(self)
+        self._updated.clear()
 
     def settle(self) -> None:
-        for index in list(self._under_way):
+        for index in self._gathers:
             self.wait(index)
 
     def wanted_order(self) -> list[int]:
@@ -100,23 +118,44 @@ class OverlappedGathering(ParameterGathering):
         return "overlap_forward called"
 
     def wait(self, index: int) -> None:
-        """Wait until the parameters of a bucket are new; returns at once where they are. Local.
+        """Wait until the parameters of a bucket are new; returns at once where this stream has waited. Local.
 
         Raises:
             LostRankError: A rank is missing. Whoever looks at one of these parameters later gets the same error.
         """
+        gather = self._gathers[index]
+        here = self._here()
         with self._lock:
-            if index not in self._under_way:
+            if here in gather.streams:
                 return
             if self._error is not None:
                 raise self._error
             try:
-                self._wait(index)
+                gather.wait()
             except LostRankError as error:
                 self._error = error
                 raise
-            make_plain(self._buckets.pop(index).params)
-            self._awaited.append(index)
+            if not gather.streams:
+                self._awaited.append(index)
+                self._abreast &= {here}
+                make_plain(gather.bucket.params)
+            gather.streams.add(here)
+
+    def follow(self) -> None:
+        """Make the current stream wait for all that other streams have waited for. Local."""
+        here = self._here()
+        if here in self._abreast:
+            return
+        with self._lock:
+            for gather in self._gathers.values():
+                if gather.streams:
+                    self.wait(gather.index)
+            self._abreast.add(here)
+
+    def _here(self) -> torch.Stream | None:
+        """Return the current stream of the device that all parameters are on."""
+        first = next(iter(self._gathers.values()))
+        return streams.current(first.bucket.flat_param.device)
 
 
 def _places(order: Sequence[int]) -> Callable[[int], tuple[int, int]]:

@@ -12,6 +12,9 @@ materialised.
 C++ code that is handed a parameter without any torch function does not ask. So a module waits for its own parameters
 before it runs; and because compiled code asks at its entrance only, that waits for all parameters behind it. What
 nobody can see is memory used behind torch's back: a tensor that was made from ``p.data`` before the step.
+
+On a GPU it is a stream that waits, and others have not waited with it. But for them, too, a parameter that has arrived
+is a plain one. So a module, before it runs, makes its stream follow those that have waited.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import copy
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +33,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # Late parameter -> what waits until it is there, and makes it plain.
 _arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class Follower(Protocol):
+    """Knows which stream of a device has waited for what."""
+
+    def follow(self) -> None:
+        """Make the current stream wait for all that other streams have waited for."""
+
+
+# Empty where there are no streams.
+_followers: WeakSet[Follower] = WeakSet()
 
 # What does not look at the values of a tensor.
 _ATTRIBUTES = (
@@ -78,6 +93,11 @@ def _late_class(arrived_class: type[Tensor]) -> type[Tensor]:
     return late
 
 
+def ask_to_follow(follower: Follower) -> None:
+    """Let modules that wait, and whoever looks at a late parameter, call `Follower.follow` before."""
+    _followers.add(follower)
+
+
 def make_late(params: Iterable[Tensor], arrive: Callable[[], None]) -> None:
     """Let everybody who looks at the values of ``params`` call ``arrive`` first, which must make them plain again."""
     for param in params:
@@ -99,6 +119,9 @@ def wait_for(values: Iterable[object]) -> None:
     Raises:
         LostRankError: The rank that has one of them is missing.
     """
+    if _followers:
+        for follower in list(_followers):
+            follower.follow()
     for value in values:
         if isinstance(value, _Late):
             arrive: Callable[[], None] | None = _arrivals.get(value)  # type: ignore[no-untyped-call]

@@ -311,7 +311,8 @@ class ShardedAdamax(torch.optim.Adamax):
 
         The gathers go in the order in which the forward pass needs them. Nothing can read a parameter that is partly
         old: whoever looks at one earlier (``p.data``, ``state_dict()``, evaluation, `save`, a copy) waits for it then.
-        Only a tensor that was made from ``p.data`` before the step shows old values for a moment.
+        Only a tensor that was made from ``p.data`` before the step shows old values for a moment. On a GPU the modules
+        may run on several streams; other code that reads parameters waits for the forward's stream, or uses it.
 
         Called once, on all ranks, before or after ``torch.compile``: a compiled model awaits all parameters at its
         entrance, compiled parts of a model each their own. Part of torch.nn.TransformerEncoder's inference shortcut is

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sharded_adamax.streams import take_over
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -44,7 +48,7 @@ class Pending(Protocol[T_co]):
         """Bytes that live only until ``wait``: what is being sent, and where others' messages arrive."""
 
     def wait(self, doing: str) -> T_co:
-        """Return the result. May be called once.
+        """Return the result. May be called once; where there are streams, once on each.
 
         Args:
             doing: For the message: "the all-gather of bucket 3, step 12".
@@ -75,8 +79,32 @@ class Done(Generic[T]):
 
 
 @dataclass
+class Queued:
+    """Not sent anywhere, but perhaps not there yet: ``stream`` has what makes it. None: there are no streams."""
+
+    result: Tensor
+    stream: torch.Stream | None
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def wait(self, doing: str) -> Tensor:
+        take_over([self.result], after=[self.stream])
+        return self.result
+
+    def missing(self) -> list[int]:
+        return []
+
+
+@dataclass
 class Native(Generic[T]):
-    """A collective of torch.distributed. Holds the tensors it works on until waited for."""
+    """A collective of torch.distributed. Holds the tensors it works on until waited for.
+
+    On a GPU it is the current stream that waits, not the host. Before that the memory is held by reference: torch
+    promises no more, and its own NCCL group lets go when `wait` returns (pytorch/pytorch#188655). From then on the
+    allocator has to know that the stream which waited is not the one that allocated.
+    """
 
     rank: int
     work: dist.Work
@@ -92,6 +120,7 @@ class Native(Generic[T]):
             self.work.wait()
         except RuntimeError as error:
             raise LostRankError(self.rank, [], doing, error) from error
+        take_over([tensor for tensor in (self.result, self.keep_alive) if isinstance(tensor, Tensor)])
         self.keep_alive = None
         return self.result
 
@@ -107,27 +136,36 @@ class Message(NamedTuple):
     work: dist.Work
 
 
+class Part(NamedTuple):
+    """The messages that carry the same part of every row, and what is to be done when they are through."""
+
+    messages: list[Message]
+    then: Callable[[], None]
+
+
 @dataclass
 class Messages(Generic[T]):
-    """Point-to-point messages under way, and what to do when all have arrived."""
+    """Point-to-point messages under way. ``result`` is one when all parts are through."""
 
     rank: int
-    messages: list[Message]
-    finish: Callable[[], T]
+    parts: list[Part]
+    result: T
     held_bytes: int
 
     def wait(self, doing: str) -> T:
-        for message in self.messages:
-            try:
-                message.work.wait()
-            except RuntimeError as error:
-                raise LostRankError(self.rank, [message.peer], doing, error) from error
-        self.messages.clear()
-        return self.finish()
+        for part in self.parts:
+            for message in part.messages:
+                try:
+                    message.work.wait()
+                except RuntimeError as error:
+                    raise LostRankError(self.rank, [message.peer], doing, error) from error
+            part.then()
+        self.parts.clear()
+        return self.result
 
     def missing(self) -> list[int]:
         found: list[int] = []
-        for message in self.messages:
+        for message in itertools.chain.from_iterable(part.messages for part in self.parts):
             if message.is_arrival and message.peer not in found:
                 try:
                     message.work.wait(GLANCE)

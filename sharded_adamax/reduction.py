@@ -27,6 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sharded_adamax import streams
 from sharded_adamax.buckets import Bucket
 from sharded_adamax.collectives import Group
 from sharded_adamax.gradients import SPARSE, GradientSource, LocalView, TakenShard, hooks, unhook
@@ -42,6 +43,7 @@ class _Progress:
     fired: list[int]  # per slot: gradients that autograd accumulated since the last step
     used: list[bool]  # per slot: a gradient went into the bucket whenever it was launched
     ready: set[int] = field(default_factory=set)  # slots whose gradient waits for the launch
+    streams: set[torch.Stream | None] = field(default_factory=set)  # that gradients were accumulated on
     launched: bool = False
     shard: Tensor | None = None  # (shard_numel,), mean over the ranks, accumulated over rounds
 
@@ -108,6 +110,7 @@ class BackwardReduction(GradientSource):
             self._drop_without_step()
         progress = self._progress[index]
         progress.fired[slot] += 1
+        progress.streams.add(streams.current(self.buckets[index].flat_param.device))
         if not self.enabled or self.must_agree_first or progress.launched:
             return
         if not may_take:
@@ -151,6 +154,9 @@ class BackwardReduction(GradientSource):
             self._settle_oldest()
         shard = self._progress[index].shard
         assert shard is not None
+        streams.take_over([shard])  # from the hook, perhaps, that waited for it
+        if self._scale is not None:
+            streams.take_over([self._scale])  # from whoever clipped
         return shard
 
     def take_shard(self, index: int) -> TakenShard:
@@ -232,9 +238,19 @@ class BackwardReduction(GradientSource):
         while len(self._in_flight) >= MAX_IN_FLIGHT:
             self._settle_oldest()
         with torch.no_grad(), torch.profiler.record_function(f"sharded_adamax::reduce_scatter bucket {index}"):
+            self._take_over_gradients(index)
             gradients = self.buckets[index].collect_gradients()
             self._in_flight.append((index, self.group.reduce_scatter(gradients)))
         self._note_peaks()
+
+    def _take_over_gradients(self, index: int) -> None:
+        """Make the current stream wait for gradients of a bucket that come from others, and free to drop them."""
+        bucket, progress = self.buckets[index], self._progress[index]
+        elsewhere = progress.streams - {streams.current(bucket.flat_param.device)}
+        # Where no hook has run, the gradient was set by hand, on an unknown stream, or there is none.
+        if elsewhere or 0 in progress.fired:
+            gradients = [param.grad for param in bucket.params if param.grad is not None and not param.grad.is_sparse]
+            streams.take_over(gradients, after=elsewhere)
 
     def _settle_oldest(self) -> None:
         index, pending = self._in_flight[0]

@@ -1,69 +1,85 @@
-"""All-gather and reduce-scatter of 64 MiB: gloo's own, ours made of gloo's messages, and over MPI.
+"""All-gather and reduce-scatter of one bucket: gloo's own, ours made of gloo's messages, over MPI, and the wire's time.
 
-    python -m tests.benchmarks.collectives
+    python -m tests.benchmarks.collectives --ranks 2 4 --mib 64 --mbit 200 1000 5000 --json collectives.json
 
-Starts itself under mpirun at 2 and at 4 ranks. The three take turns within each round, so that what else the machine
-does meets all of them; a time is that of the slowest rank.
+On this machine the ranks are started by mpirun and MPI takes part. Over links of a given rate each rank is on a host of
+its own (tests/benchmarks/links.py, needs root). A time is that of the slowest rank. The wire's time is what one rank
+sends, which is also what it receives, divided by the rate: no headers, nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from sharded_adamax import init_distributed
+from sharded_adamax.collectives import GlooGroup, Group, ProcessGroup
+from sharded_adamax.pending import Pending
+from tests.benchmarks import links
+from tests.benchmarks.report import Action, Report, interleaved, ratios, seconds_of_the_slowest_rank
+
 MPIRUN = Path(sys.executable).parent / "mpirun"
+NATIVE, OURS, MPI = "gloo's own", "ours", "MPI"
+KINDS = ALL_GATHER, REDUCE_SCATTER = "all-gather", "reduce-scatter"
 
 
-def measure(mib: int, rounds: int) -> None:
-    """Print a table on rank 0. One rank of the job."""
-    from mpi4py import MPI
+def row(kind: str, group: str) -> str:
+    return f"{kind}, {group}"
 
-    from sharded_adamax import init_distributed, mpi
-    from sharded_adamax.collectives import GlooGroup, ProcessGroup
 
-    context = init_distributed("mpi")
-    over_mpi = dist.group.WORLD
-    over_gloo = dist.new_group(backend="gloo")
-    assert isinstance(over_mpi, mpi.MpiProcessGroup) and isinstance(over_gloo, dist.ProcessGroup)
-    groups = {
-        "gloo's own": ProcessGroup(over_gloo),
-        "gloo's messages": GlooGroup(over_gloo),
-        "MPI": ProcessGroup(over_mpi),
-    }
+def measure(backend: str, mib: int, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each collective in each round. One rank of the job."""
+    init_distributed(backend)
+    world = dist.group.WORLD
+    over_gloo = world if backend == "gloo" else dist.new_group(backend="gloo")
+    assert isinstance(world, dist.ProcessGroup) and isinstance(over_gloo, dist.ProcessGroup)
+    groups: dict[str, Group] = {NATIVE: ProcessGroup(over_gloo), OURS: GlooGroup(over_gloo)}
+    if backend == "mpi":
+        groups[MPI] = ProcessGroup(world)
     bucket = torch.rand(mib << 18)
-    actions: dict[tuple[str, str], Callable[[], object]] = {}
+    actions: dict[str, Action] = {}
     for name, group in groups.items():
-        actions["all-gather", name] = lambda group=group: group.all_gather(bucket).wait()  # type: ignore[misc]
-        actions["reduce-scatter", name] = lambda group=group: group.reduce_scatter(bucket).wait()  # type: ignore[misc]
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in actions}
-    for number in range(rounds + 1):
-        for key, action in actions.items():
-            dist.barrier()
-            began = time.perf_counter()
-            action()
-            slowest = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            if number > 0:  # the first round connects and touches memory
-                times[key].append(slowest.item() * 1e3)
-    if context.rank == 0:
-        version = MPI.Get_library_version().split("\n")[0].strip()
-        print(f"\n{context.world_size} ranks, {mib} MiB fp32, {rounds} rounds, {os.cpu_count()} CPUs; {version}")
-        print(f"{'ms':32}{'median':>8}{'least':>8}{'most':>8}")
-        for (kind, name), values in sorted(times.items()):
-            row = f"{statistics.median(values):8.0f}{min(values):8.0f}{max(values):8.0f}"
-            print(f"{kind + ', ' + name:32}{row}", flush=True)
+        actions[row(ALL_GATHER, name)] = functools.partial(_complete, group.all_gather, bucket)
+        actions[row(REDUCE_SCATTER, name)] = functools.partial(_complete, group.reduce_scatter, bucket)
+    seconds = interleaved(actions, rounds, seconds_of_the_slowest_rank)
     dist.destroy_process_group()
+    return seconds
+
+
+def _complete(start: Callable[[Tensor], Pending[object]], bucket: Tensor) -> None:
+    start(bucket).wait("a benchmark")
+
+
+def run(num_ranks: int, rate_mbit: float | None, mib: int, rounds: int, report: Report) -> None:
+    """Measure over links of one rate, or on this machine where it is None, and report."""
+    worker = ["-m", __spec__.name, "--worker", "--mib", str(mib), "--rounds", str(rounds)]
+    facts: dict[str, object] = {"load": os.getloadavg()[0]}
+    with links.joined(num_ranks, rate_mbit) as hosts:
+        if rate_mbit is None:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(links.ROOT)}
+            command = [str(MPIRUN), "-n", str(num_ranks), sys.executable, *worker, "--backend", "mpi"]
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            output = done.stdout
+        else:
+            facts["carried_mbit"] = round(links.carried_mbit(hosts))
+            output = links.run_ranks(hosts, worker, timeout_s=600)
+    seconds: dict[str, list[float]] = json.loads(output)
+    natives = {name: seconds[row(kind, NATIVE)] for kind in KINDS for name in seconds if name.startswith(kind)}
+    columns = {"time/gloo's own": {name: ratios(times, natives[name]) for name, times in seconds.items()}}
+    if rate_mbit is not None:
+        facts["wire_ms"] = wire_ms = mib * 2**20 * 8 * (num_ranks - 1) / num_ranks / rate_mbit / 1e3
+        columns["time/wire"] = {name: [1e3 * each / wire_ms for each in times] for name, times in seconds.items()}
+    report.table(f"{num_ranks} ranks, {links.name_of(rate_mbit)}, {mib} MiB fp32", seconds, columns, **facts)
 
 
 def main() -> None:
@@ -72,18 +88,25 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="size of the whole bucket")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--mbit", type=float, nargs="*", default=[1000.0], help="rates of links; none: only loopback")
+    parser.add_argument("--json", type=Path, help="where to write all seconds")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="gloo", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         torch.set_num_threads(1)
-        measure(options.mib, options.rounds)
+        seconds = measure(options.backend, options.mib, options.rounds)
+        if int(os.environ.get("RANK", os.environ.get("PMI_RANK", "0"))) == 0:
+            print(json.dumps(seconds))
         return
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}", flush=True)
-    for ranks in options.ranks:
-        command = [MPIRUN, "-n", ranks, sys.executable, "-W", "ignore", "-m", __spec__.name, "--worker"]
-        command += ["--mib", options.mib, "--rounds", options.rounds]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(list(map(str, command)), env=environment, check=True)
+    report = Report(options.json)
+    for num_ranks in options.ranks:
+        for rate_mbit in (None, *options.mbit):
+            try:
+                run(num_ranks, rate_mbit, options.mib, options.rounds, report)
+            except OSError as error:
+                print(f"\n{num_ranks} ranks, {links.name_of(rate_mbit)}: not measured: {error}")
+    report.close()
 
 
 if __name__ == "__main__":

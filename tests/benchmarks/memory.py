@@ -1,4 +1,4 @@
-"""How much memory an action takes beyond what was there before, as the kernel counts it. Linux only."""
+"""How much memory an action takes beyond what was there before, as the kernel and as torch count it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from torch.profiler import ProfilerActivity, profile
+
 T = TypeVar("T")
 
 
 class Growth(NamedTuple):
-    """Bytes of resident memory above those before: at most, and in the end with the result still alive."""
+    """Bytes above those before: at most, and in the end with the result still alive."""
 
     peak_bytes: int
     end_bytes: int
 
 
 def growth(action: Callable[[], T]) -> tuple[T, Growth]:
-    """Run ``action`` and return its result and how the resident memory of this process grew."""
+    """Run ``action`` and return its result and how the resident memory of this process grew. Linux only."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept would hide what the action takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
@@ -29,6 +31,24 @@ def growth(action: Callable[[], T]) -> tuple[T, Growth]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return result, Growth(peak - before, _status_bytes("VmRSS") - before)
+
+
+def allocated(action: Callable[[], object]) -> Growth:
+    """Run ``action`` and return what torch's CPU allocator gave out meanwhile.
+
+    The profiler records every allocation, also those that no Python object shows (the buckets of
+    DistributedDataParallel). It does not see a tensor freed that was allocated before.
+    """
+    gc.collect()  # what earlier runs left would be freed, and counted, in the middle of this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = action()
+    events = recorded.profiler.kineto_results.events()
+    now = peak = 0
+    for _, nbytes in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += nbytes
+        peak = max(peak, now)
+    del result
+    return Growth(peak, now)
 
 
 def _status_bytes(key: str) -> int:

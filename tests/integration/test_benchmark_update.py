@@ -24,11 +24,11 @@ def test_the_benchmark_of_the_update_reports_every_kernel(tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     written = json.loads(path.read_text())
     assert {"cpu", "torch", "python", "load_before", "load_after"} <= written["machine"].keys()
-    large = written["1 Mi elements, float32, 1 threads"]
+    large = written["1 Mi elements, float32, 1 threads"]["rows"]
     assert {update.TORCH, *update.KERNELS} < large.keys()
-    assert large[update.TORCH]["speed_of_torch_foreach"] == 1
+    assert large[update.TORCH]["speed of torch"]["rounds"] == [1, 1]
     for row in large.values():
-        assert len(row["seconds"]) == 2 and row["time_over_bound"] > 0
-    assert len(written["step() over 20 parameters of 512 elements, 1 threads"]) == 3
+        assert len(row["seconds"]) == 2 and row["time/bound"]["median"] > 0
+    assert len(written["step() over 20 parameters of 512 elements, 1 threads"]["rows"]) == 3
     for name in (*update.KERNELS, "range", "load_after"):
         assert name in result.stdout

@@ -6,9 +6,9 @@ trying finds the address where the ranks can meet.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.hosts import linked_hosts
+
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).parent / "mpirun"
-WIRE_A, WIRE_B, ELSEWHERE = "10.77.0.1", "10.77.0.2", "192.168.77.1"
+ELSEWHERE = "192.168.77.1"
 
 # mpirun starts its helper on another host by this instead of ssh: HOST COMMAND...
 REMOTE_SHELL = """#!/bin/bash
@@ -41,37 +43,26 @@ dist.destroy_process_group()
 """
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[str]]:
     """Give the beginning of a command that starts ranks 0 and 1 on host a, and 2 and 3 on host b."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    a, b = f"mpi-a-{os.getpid()}", f"mpi-b-{os.getpid()}"
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            _ip("netns", "add", a)
-            _ip("netns", "add", b)
-            _ip("link", "add", "wirea", "netns", a, "type", "veth", "peer", "name", "wireb", "netns", b)
-            _ip("-n", a, "link", "add", "elsewhere", "type", "veth", "peer", "name", "nowhere")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
-        for host, device, address in ((a, "wirea", WIRE_A), (b, "wireb", WIRE_B), (a, "elsewhere", ELSEWHERE)):
-            _ip("-n", host, "addr", "add", f"{address}/24", "dev", device)
-            _ip("-n", host, "link", "set", device, "up")
-        for host, device in ((a, "lo"), (b, "lo"), (a, "nowhere")):
-            _ip("-n", host, "link", "set", device, "up")
+            a, b = stack.enter_context(linked_hosts(2))
+        except OSError as error:
+            pytest.skip(f"no hosts to be had here: {error}")
+        for command in (
+            "link add elsewhere type veth peer name nowhere",
+            f"address add {ELSEWHERE}/24 dev elsewhere",
+            "link set elsewhere up",
+            "link set nowhere up",
+        ):
+            subprocess.run([*a.prefix, "ip", *command.split()], check=True)
         shell = tmp_path / "remote-shell"
-        shell.write_text(REMOTE_SHELL.format(b=b))
+        shell.write_text(REMOTE_SHELL.format(b=b.namespace))
         shell.chmod(0o755)
-        launcher = ["-launcher", "rsh", "-launcher-exec", str(shell), "-hosts", f"{WIRE_A}:2,{WIRE_B}:2", "-n", "4"]
-        yield ["ip", "netns", "exec", a, str(MPIRUN), *launcher, sys.executable, "-c", PROGRAM]
-    finally:
-        for host in (a, b):
-            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+        launcher = ["-launcher", "rsh", "-launcher-exec", str(shell), "-hosts", f"{a.address}:2,{b.address}:2"]
+        yield [*a.prefix, str(MPIRUN), *launcher, "-n", "4", sys.executable, "-c", PROGRAM]
 
 
 def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

@@ -26,6 +26,7 @@ from sharded_adamax.buckets import Precision
 from sharded_adamax.collectives import ControlPlane, ProcessGroup
 from sharded_adamax.engine import Engine, Settings
 from sharded_adamax.members import Member
+from tests.without_gpu.streams import pretend_streams
 
 GUARD = Path(__file__).with_name("noop_cuda_guard.cpp")
 WORLD_SIZE = 4
@@ -40,7 +41,7 @@ def pretend(directory: Path) -> None:
     command = [compiler, "-shared", "-fPIC", "-std=c++20", str(GUARD), "-o", str(library)]
     subprocess.run([*command, f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}", "-lc10"], check=True)
     ctypes.CDLL(str(library))
-    torch.cuda._lazy_init = lambda: None  # asked for before any .to(device)
+    pretend_streams()
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # torch.distributed asks before a broadcast
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_adamax.kernels import cuda
+from tests.without_gpu.process import answer_of
 
 NOTHING: dict[str, float] = {}
 ONE_VALUE = {"value read": 1.0}
@@ -86,11 +85,8 @@ class Observed(NamedTuple):
     launches: dict[str, list[tuple[str, int]]]
 
 
-def _observe(directory: Path) -> Observed:
+def _observe() -> Observed:
     """Everything in one process, because pretending takes longer than the steps."""
-    from tests.without_gpu.pretended_cuda import pretend
-
-    pretend(directory)
     return Observed({**_waits(), **dict(_waits_of_capturable())}, dict(_launches()))
 
 
@@ -204,23 +200,9 @@ def _launches() -> Iterator[tuple[str, list[tuple[str, int]]]]:
         yield "capturable, fused", second_step(fused=True, capturable=True)
 
 
-def _in_process(directory: Path, connection: Any) -> None:
-    connection.send(_observe(directory))
-
-
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
-    ours, theirs = multiprocessing.Pipe()
-    arguments = (tmp_path_factory.mktemp("guard"), theirs)
-    process = multiprocessing.get_context("spawn").Process(target=_in_process, args=arguments)
-    process.start()
-    theirs.close()
-    try:
-        assert ours.poll(100), "no answer"
-        result: Observed = ours.recv()
-    finally:
-        process.kill()
-    return result
+    return answer_of(_observe, tmp_path_factory.mktemp("guard"), seconds=100)
 
 
 @pytest.mark.parametrize("case", CASES)
