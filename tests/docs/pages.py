@@ -2,7 +2,7 @@
 
     ```python                    runs; all blocks of a page share one namespace
     ```python title="train.py"   is written to that file
-    ```bash                      runs in the page's folder
+    ```bash                      runs in the page's folder; nothing but calls of our command, in this process
     ```diff                      what it leads to runs as Python
     ```text title="prints"       what the block before it prints; ... stands for what differs from run to run
 
@@ -16,12 +16,15 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+
+from sharded_adamax import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "launch" / "README.md"])
@@ -32,6 +35,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 BASH_TIMEOUT_SECONDS = 90
+COMMAND = "python -m sharded_adamax "
 
 
 class BlockFailed(AssertionError):
@@ -104,6 +108,9 @@ def run_page(text: str, name: str, folder: str, readers_own: str = "") -> int:
 
 def run_block(block: Block, where: str, namespace: dict[str, object], environment: dict[str, str]) -> str:
     """Run one block; returns what it printed."""
+    lines = block.body.splitlines()
+    if block.language == "bash" and all(line.startswith(COMMAND) for line in lines):
+        return run_commands(lines, where)
     if block.language == "bash":
         command = ["bash", "-euo", "pipefail", "-c", block.body]
         result = subprocess.run(
@@ -119,6 +126,18 @@ def run_block(block: Block, where: str, namespace: dict[str, object], environmen
             exec(compile("\n" * block.line + source, where, "exec"), namespace)
     except Exception as error:
         raise BlockFailed(f"{where}: {type(error).__name__}: {error}\n{source}") from error
+    return output.getvalue()
+
+
+def run_commands(lines: list[str], where: str) -> str:
+    """Run lines that call the package's own command, without the seconds in which each would import torch."""
+    output = io.StringIO()
+    for line in lines:
+        arguments = shlex.split(line, comments=True)[len(COMMAND.split()) :]
+        with contextlib.redirect_stdout(output):
+            status = cli.main(arguments)
+        if status != 0:
+            raise BlockFailed(f"{where}: exit status {status} of {line}\n{output.getvalue()}")
     return output.getvalue()
 
 

@@ -96,6 +96,7 @@ def test_the_marked_lines_of_the_tutorial_are_those_that_are_new() -> None:
     [
         ("```python\n1 / 0\n```\n", "ZeroDivisionError"),
         ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", "AssertionError"),
+        ("```bash\npython -m sharded_adamax verify nowhere\n```\n", "exit status 2 of python"),
         ("```bash\nfalse\ntrue\n```\n", "exit status 1"),
         ("```diff\n-x = 1\n+x = 2\n assert x == 1\n```\n", "AssertionError"),
         ('```python\nprint("loss 0.5")\n```\n\n```text title="prints"\nloss 0.4\n```\n', "but this was printed"),
