@@ -3,6 +3,7 @@
 from sharded_adamax.bootstrap import DistributedContext, init_distributed
 from sharded_adamax.checkpoint import CheckpointDamagedError, CheckpointError, CheckpointManager, load, save
 from sharded_adamax.optimizer import ShardedAdamax
+from sharded_adamax.planning import plan
 
 __all__ = [
     "CheckpointDamagedError",
@@ -12,5 +13,6 @@ __all__ = [
     "ShardedAdamax",
     "init_distributed",
     "load",
+    "plan",
     "save",
 ]

@@ -1,4 +1,4 @@
-"""``python -m sharded_adamax``: look into checkpoints, check them, convert them.
+"""``python -m sharded_adamax``: plan a job; look into checkpoints, check them, convert them.
 
 Tables need rich and progress bars tqdm (``pip install sharded-adamax[cli]``); without them there is plain text, and no
 bar. Results go to standard output, everything else to standard error.
@@ -11,18 +11,31 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from sharded_adamax.checkpoint import conversion, inspection
 from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from sharded_adamax.checkpoint.inspection import Report, Summary
+from sharded_adamax.planning import Plan, picture, plan, report, sources
 
 WHOLE, DAMAGED, USAGE = 0, 1, 2
 _INTERRUPTED = 130
+_PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # of parameters, of masters
+    "model": (None, None),
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16+master": (torch.bfloat16, torch.float32),
+    "fp16+master": (torch.float16, torch.float32),
+}
+_REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXIT_CODES = "exit codes: 0 done, whole; 1 damaged, or the disk refused; 2 bad arguments, or not a checkpoint"
 
 
@@ -47,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m sharded_adamax", description="Work with checkpoints.", epilog=_EXIT_CODES
+        "python -m sharded_adamax", description="Plan a job; work with checkpoints.", epilog=_EXIT_CODES
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_plan(commands.add_parser("plan", help="what each rank will hold and send, before any training"))
 
     inspect = commands.add_parser("inspect", help="what is in a checkpoint", epilog=_EXIT_CODES)
     inspect.add_argument("path", type=Path, help="a checkpoint directory, also of torch.distributed.checkpoint")
@@ -71,6 +85,101 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("factory", nargs="?", metavar="module:factory", help="makes the model, on the meta device")
+    model.add_argument("--params", metavar="NUMBER", help="the number of parameters: 7e9, 7B")
+    model.add_argument("--hf-config", type=Path, metavar="PATH", help="config.json of Transformers, or its directory")
+    parser.add_argument("--world-sizes", type=_integers, default=[1, 2, 4, 8], metavar="N,N,...", help="1,2,4,8")
+    parser.add_argument(
+        "--precision", default="model", metavar="NAME,...", help=f"model: as it is built; {', '.join(_PRECISIONS)}"
+    )
+    parser.add_argument("--reduce-dtype", choices=_REDUCE_DTYPES, help="of gradients on the wire and in the sum")
+    parser.add_argument("--ddp-reduces", action="store_true", help="reduce_gradients=False: keep DDP")
+    parser.add_argument("--bucket-mib", type=float, default=25)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="NCCL and foreach, or gloo")
+    parser.add_argument(
+        "--gpu-gib", type=float, help="from how many ranks on does it fit? Without what activations need"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    parser.set_defaults(run=_plan)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 8,16,64, got {text!r}") from None
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        gpu_bytes = _gpu_bytes(options.gpu_gib)
+        if options.picture:
+            picture.check_picture(options.picture)
+        plans = _plans(options)
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    if options.picture:
+        picture.draw(plans, options.picture, gpu_bytes)
+        print(f"drawn: {options.picture}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(report.as_json(plans, gpu_bytes), indent=2))
+    else:
+        _print_plans(plans, gpu_bytes)
+    return WHOLE
+
+
+def _gpu_bytes(gpu_gib: float | None) -> float | None:
+    if gpu_gib is not None and not 0 < gpu_gib < math.inf:
+        raise ValueError(f"expected --gpu-gib to be greater than 0, got {gpu_gib}")
+    return gpu_gib and gpu_gib * report.GIB
+
+
+def _plans(options: argparse.Namespace) -> dict[str, Plan]:
+    precisions = options.precision.split(",")
+    for name in precisions:
+        if name not in _PRECISIONS:
+            raise ValueError(f"expected --precision from {', '.join(_PRECISIONS)}, got {name!r}")
+    if options.factory:
+        model: float | torch.nn.Module = sources.from_factory(options.factory)
+    elif options.hf_config:
+        model = sources.from_hf_config(options.hf_config)
+    else:
+        model = sources.number(options.params)
+    return {
+        name: plan(
+            model,
+            world_sizes=options.world_sizes,
+            param_dtype=_PRECISIONS[name][0],
+            master_dtype=_PRECISIONS[name][1],
+            reduce_dtype=_REDUCE_DTYPES.get(options.reduce_dtype),
+            reduce_gradients=not options.ddp_reduces,
+            bucket_mib=options.bucket_mib,
+            device=options.device,
+        )
+        for name in precisions
+    }
+
+
+def _print_plans(plans: dict[str, Plan], gpu_bytes: float | None) -> None:
+    planned = list(plans.values())
+    print(f"{planned[0].model.num_params:,} parameters in {len(planned[0].model.parameters):,} tensors; GiB per rank")
+    for precision, one in plans.items():
+        print(f"\nprecision {precision}: held, when most is held")
+        _print_table(*report.held(one))
+        print(f"most is held in {report.peaks(one)}")
+        if gpu_bytes:
+            print(f"fits {gpu_bytes / report.GIB:g} GiB from: {report.fits(one, gpu_bytes)}")
+        print(f"\nprecision {precision}: sent in each step")
+        _print_table(*report.sent(one))
+    print()
+    for note in report.notes(planned):
+        print(textwrap.fill(note, 80, initial_indent="- ", subsequent_indent="  "))
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -198,7 +307,7 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 def _print_table(headings: list[str], rows: list[list[object]]) -> None:
     """Print a table: by rich on a terminal, else as columns that other programs can read."""
     cells = [[_printable(str(cell)) for cell in row] for row in rows]
-    is_number = [all(isinstance(row[column], int) for row in rows) for column in range(len(headings))]
+    is_number = [all(isinstance(row[column], (int, float)) for row in rows) for column in range(len(headings))]
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.console import Console
         from rich.table import Table

@@ -14,21 +14,22 @@ independent of how parameters are packed into buckets.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import pickle
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
-from sharded_adamax import streams
+from sharded_adamax import objects, streams
 from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued
 
 T = TypeVar("T")
@@ -43,14 +44,33 @@ PROBE_TAG = 1 << 25
 
 @dataclass
 class Traffic:
-    """What this rank asked of a group: calls by kind, and the bytes it handed over to be sent to other ranks."""
+    """What this rank asked of a group, by kind: calls, bytes handed over to be sent to other ranks, and waiting for it.
+
+    The time is that of the host: over NCCL it hardly waits, because the device does.
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
+    waited_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def record(self, kind: str, sent_bytes: int) -> None:
         self.calls[kind] += 1
         self.sent_bytes[kind] += sent_bytes
+
+    @contextmanager
+    def waiting(self, kind: str, what: str) -> Iterator[None]:
+        """Count the time inside, and name it to the profiler: "wait reduce bucket 3"."""
+        with record_function(f"sharded_adamax::wait {what}"):
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.waited_seconds[kind] += time.perf_counter() - start
+
+    def take_waited_seconds(self) -> dict[str, float]:
+        """Return the time waited since the last call, by kind."""
+        waited, self.waited_seconds = self.waited_seconds, defaultdict(float)
+        return waited
 
 
 class ControlPlane:
@@ -89,22 +109,14 @@ class ControlPlane:
         self.traffic.record("exchange", 0)
         if self._process_group is None:
             return [value]
-        data = _to_bytes(value)
-        sizes = self._sizes(data)
-        rows = list(torch.empty(self.size, max(sizes), dtype=torch.uint8).unbind())
-        dist.all_gather(rows, _padded(data, max(sizes)), group=self._process_group)
-        return [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
+        return objects.all_gather(value, self._process_group)
 
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks on the first one, by rank; None elsewhere. Picklable objects."""
         self.traffic.record("gather", 0)
         if self._process_group is None:
             return [value]
-        data = _to_bytes(value)
-        sizes = self._sizes(data)
-        rows = list(torch.empty(self.size, max(sizes), dtype=torch.uint8).unbind()) if self.rank == 0 else None
-        dist.gather(_padded(data, max(sizes)), rows, group=self._process_group, group_dst=0)
-        return None if rows is None else [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
+        return objects.gather(value, self._process_group)
 
     def scatter(self, values: list[T] | None) -> T:
         """Return the value that the first rank has for this one; ``values`` counts there only. Picklable objects."""
@@ -112,34 +124,7 @@ class ControlPlane:
         if self._process_group is None:
             assert values is not None
             return values[0]
-        data = [] if values is None or self.rank != 0 else [_to_bytes(value) for value in values]
-        sizes = torch.tensor([each.numel() for each in data] or [0] * self.size)
-        dist.broadcast(sizes, group=self._process_group, group_src=0)
-        longest = int(sizes.max())
-        received = torch.empty(longest, dtype=torch.uint8)
-        rows = [_padded(each, longest) for each in data] or None
-        dist.scatter(received, rows, group=self._process_group, group_src=0)
-        result: T = _from_bytes(received, int(sizes[self.rank]))
-        return result
-
-    def _sizes(self, data: Tensor) -> list[int]:
-        """Return how many bytes each rank has."""
-        sizes = list(torch.empty(self.size, 1, dtype=torch.int64).unbind())
-        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._process_group)
-        return [int(size) for size in sizes]
-
-
-# torch's own collectives for objects need numpy, as does Tensor.numpy(). The package needs torch alone.
-def _to_bytes(value: object) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _from_bytes(data: Tensor, num_bytes: int) -> Any:
-    return pickle.loads(ctypes.string_at(data.data_ptr(), num_bytes))
-
-
-def _padded(data: Tensor, numel: int) -> Tensor:
-    return torch.nn.functional.pad(data, (0, numel - data.numel()))
+        return objects.scatter(values, self._process_group)
 
 
 class Group(ABC):
@@ -230,7 +215,8 @@ class ProcessGroup(Group):
 
     def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
         self.traffic.record("all_reduce", tensor.nbytes)
-        dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
+        with self.traffic.waiting("all_reduce", "all_reduce"):
+            dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
 
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         if self.rank != to:
@@ -257,8 +243,8 @@ class GlooGroup(ProcessGroup):
         # Each row that arrives has memory of its own, so that one of them can become the result and the others go.
         values = {peer: torch.empty_like(rows[peer]) for peer in self._peers()}
         held_bytes = bucket.nbytes + (self.size - 2) * rows[0].nbytes
-        # The result takes the place of the first value that arrives from another rank: a + b has the bits of b + a, and
-        # fresh memory would cost more than the sum, because the kernel has to clear it page by page.
+        # The result takes the place of what the first other rank sends: a + b has the bits of b + a, and fresh memory
+        # would cost more than the sum, because the kernel has to clear it page by page.
         values[self.rank] = rows[self.rank]
         total, second = (values[1], values[0]) if self.rank == 0 else (values[0], values[1])
         others = [second, *(values[peer] for peer in range(2, self.size))]

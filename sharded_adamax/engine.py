@@ -14,6 +14,7 @@ The ranks decide together before the first parameter is touched: a step is taken
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -32,11 +33,14 @@ from sharded_adamax.guards import Guards
 from sharded_adamax.kernels import Hyper, capture_problem, choose, folded, longest_merged_gap, prepare
 from sharded_adamax.late import await_in_forward
 from sharded_adamax.layout import Layout, ParamSpec
+from sharded_adamax.logs import log_for_all
 from sharded_adamax.members import Member, ParamGroup, hyper_lines
 from sharded_adamax.pending import LostRankError
 from sharded_adamax.reduction import BackwardReduction
 from sharded_adamax.state import MASTER_KEY, STATE_KEYS, FlatShard
 from sharded_adamax.voting import RoundError, StepVote
+
+logger = logging.getLogger(__name__)
 
 
 class HeldBytes(NamedTuple):
@@ -77,6 +81,7 @@ class Engine:
         self.frozen: list[Member] = []  # have no bucket and no state until they get a gradient
         self.num_skipped_steps = 0
         self.grad_norm: Tensor | None = None  # of the last step, where it was computed
+        self.waited_seconds: dict[str, float] = {}  # by this host for other ranks, from the step before to the last one
         # Of the gradients as they were reduced, before they were clipped: by round and norm type.
         self._norms: dict[tuple[int, float], Tensor] = {}
 
@@ -139,8 +144,10 @@ class Engine:
         """
         hypers = [Hyper.of(group) for group in groups]
         used = self.reduce(groups, state)
-        if self._is_refused(used):
+        refusal = self._refusal(used)
+        if refusal is not None:
             self.num_skipped_steps += 1
+            log_for_all(logger, self.group.rank, logging.WARNING, "step %d is skipped: %s", self.source.step, refusal)
         else:
             for index, slots in enumerate(used):
                 self._update(index, slots, groups, hypers)
@@ -148,6 +155,7 @@ class Engine:
             self.gathering.complete()
         self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
+        self.waited_seconds = {**self.group.traffic.take_waited_seconds(), **self.control.traffic.take_waited_seconds()}
         self.source.step += 1
 
     def _tell_autograd(self, used: list[list[bool]]) -> None:
@@ -157,12 +165,14 @@ class Engine:
             torch.autograd.graph.increment_version(updated)
             bucket.note_versions()
 
-    def _is_refused(self, used: list[list[bool]]) -> bool:
-        """Return whether all ranks skip this step. Collective."""
+    def _refusal(self, used: list[list[bool]]) -> str | None:
+        """Return why all ranks skip this step; None: they take it. Collective."""
         guards = self.guards
         if guards.skip_nonfinite and guards.refuse_nonfinite(self.control, self._shards(), self.source.step):
-            return True
-        return guards.skip_norm_above is not None and guards.refuse_norm(self._norm(used, 2.0))
+            return "the mean gradient has Inf or NaN"
+        if guards.skip_norm_above is not None and guards.refuse_norm(self._norm(used, 2.0)):
+            return f"the norm of the mean gradient is above {guards.skip_norm_above}, or NaN"
+        return None
 
     def _shards(self) -> list[Tensor]:
         return [self.source.shard(index) for index in range(len(self.buckets))]

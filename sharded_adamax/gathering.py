@@ -37,10 +37,6 @@ class _Gather:
     step: int
     streams: set[torch.Stream | None] = field(default_factory=set)  # that have waited for it
 
-    def wait(self) -> None:
-        with record_function(f"sharded_adamax::wait gather bucket {self.index}"):
-            self.pending.wait(f"the all-gather of bucket {self.index}, step {self.step}")
-
 
 class ParameterGathering:
     """The all-gathers of a step. They are over when `complete` returns."""
@@ -66,7 +62,7 @@ class ParameterGathering:
             LostRankError: A rank is missing; some parameters are partly old.
         """
         for gather in self._gathers.values():
-            gather.wait()
+            self._wait_for(gather)
         self._gathers.clear()
 
     def wanted_order(self) -> list[int]:
@@ -81,6 +77,10 @@ class ParameterGathering:
         with record_function(f"sharded_adamax::all_gather bucket {index}"):
             self._gathers.pop(index, None)  # so that they are in the order of launching
             self._gathers[index] = _Gather(index, bucket, self.group.all_gather(bucket.flat_param), step)
+
+    def _wait_for(self, gather: _Gather) -> None:
+        with self.group.traffic.waiting("all_gather", f"gather bucket {gather.index}"):
+            gather.pending.wait(f"the all-gather of bucket {gather.index}, step {gather.step}")
 
 
 class OverlappedGathering(ParameterGathering):
@@ -131,7 +131,7 @@ class OverlappedGathering(ParameterGathering):
             if self._error is not None:
                 raise self._error
             try:
-                gather.wait()
+                self._wait_for(gather)
             except LostRankError as error:
                 self._error = error
                 raise

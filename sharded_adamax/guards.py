@@ -43,7 +43,9 @@ class Guards:
             return False
         found = bool(shards) and not bool(torch.stack([shard.isfinite().all() for shard in shards]).all())
         vote = agreement.start_vote(control, any_rank={"found": agreement.flags([found])}, same={})
-        return bool(vote.wait(f"the vote on Inf and NaN of step {step}").any_rank["found"].any())
+        with control.traffic.waiting("vote", "vote on Inf and NaN"):
+            outcome = vote.wait(f"the vote on Inf and NaN of step {step}")
+        return bool(outcome.any_rank["found"].any())
 
     def refuse_norm(self, norm: Tensor) -> bool:
         """Return whether to skip because of the L2 norm of the whole gradient, which all ranks hold to the last bit."""

@@ -106,6 +106,10 @@ class BucketLayout:
         """Return the elements of this bucket that ``rank`` owns."""
         return Range(rank * self.shard_numel, (rank + 1) * self.shard_numel)
 
+    def sent_bytes(self, dtype: torch.dtype) -> int:
+        """Return what each rank sends when this bucket is reduce-scattered, or all-gathered, in ``dtype``."""
+        return (self.world_size - 1) * self.shard_numel * dtype.itemsize
+
     def pieces(self, rank: int) -> list[Piece]:
         """Return a piece for every slot, in the order of the slots; empty where ``rank`` owns nothing of it.
 

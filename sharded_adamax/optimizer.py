@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,16 +16,18 @@ from torch.optim.optimizer import ParamsT
 from sharded_adamax import agreement, arguments, loading
 from sharded_adamax.collectives import control_plane, data_plane
 from sharded_adamax.consolidation import gather_state
-from sharded_adamax.engine import Engine, HeldBytes
-from sharded_adamax.layout import Layout
+from sharded_adamax.engine import Engine
+from sharded_adamax.logs import log_for_all
 from sharded_adamax.members import ParamGroup
+from sharded_adamax.observing import Observed
 from sharded_adamax.reduction import BackwardReduction
 from sharded_adamax.scaling import teach_grad_scaler
 
 StateDict = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
-class ShardedAdamax(torch.optim.Adamax):
+class ShardedAdamax(Observed, torch.optim.Adamax):
     """torch.optim.Adamax with its state, its gradients and its work sharded over the ranks of a data-parallel job.
 
         g = mean of the ranks' gradients + weight_decay * p
@@ -158,20 +161,7 @@ class ShardedAdamax(torch.optim.Adamax):
         engine.frozen += [m for m in members if not m.param.requires_grad]
         engine.extend([m for m in members if m.param.requires_grad], self.state)
         engine.prepare_kernels(self.param_groups)
-
-    def _get_engine(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("ShardedAdamax is not built: its constructor did not finish")
-        return self._engine
-
-    @property
-    def layout(self) -> Layout:
-        """Which rank owns what. Parameters that are frozen and never had a gradient are not in it."""
-        return self._get_engine().layout
-
-    def held_bytes(self) -> HeldBytes:
-        """Return the bytes that this rank holds, counted from live tensors."""
-        return self._get_engine().held_bytes()
+        log_for_all(logger, engine.group.rank, logging.INFO, "%s", self.summary().headline)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group as torch.optim.Optimizer does. Collective after construction.
@@ -263,11 +253,6 @@ class ShardedAdamax(torch.optim.Adamax):
         )
 
     @property
-    def skipped_steps(self) -> int:
-        """Steps that ``skip_nonfinite`` and `skip_grad_norm_above` have skipped."""
-        return self._get_engine().num_skipped_steps
-
-    @property
     def skip_grad_norm_above(self) -> float | None:
         """Steps whose mean gradient has an L2 norm above this limit, or NaN, before clipping, are skipped by all ranks.
 
@@ -280,15 +265,6 @@ class ShardedAdamax(torch.optim.Adamax):
     @skip_grad_norm_above.setter
     def skip_grad_norm_above(self, limit: float | None) -> None:
         self._get_engine().guards.set_norm_limit(limit)
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """L2 norm of the last step's mean gradient, 0-d, before it was clipped; also where the step was skipped.
-
-        None where nothing computed it: `clip_grad_norm_` with norm_type 2 does, and `skip_grad_norm_above`. Reading it
-        costs nothing.
-        """
-        return self._get_engine().grad_norm
 
     def unscale_for_grad_scaler(
         self, inv_scale: Tensor, found_inf: Tensor, *, allow_fp16: bool

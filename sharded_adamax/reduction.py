@@ -254,8 +254,9 @@ class BackwardReduction(GradientSource):
 
     def _settle_oldest(self) -> None:
         index, pending = self._in_flight[0]
-        with torch.no_grad(), torch.profiler.record_function(f"sharded_adamax::wait reduce bucket {index}"):
-            total = pending.wait(f"the reduce-scatter of bucket {index}, step {self.step}")
+        with torch.no_grad():
+            with self.group.traffic.waiting("reduce_scatter", f"reduce bucket {index}"):
+                total = pending.wait(f"the reduce-scatter of bucket {index}, step {self.step}")
             mean = self.buckets[index].mean_shard(total, self.group.size)
         # Only now: if waiting fails, messages under way still use its memory.
         self._in_flight.popleft()

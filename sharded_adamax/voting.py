@@ -89,7 +89,8 @@ class StepVote:
             LostRankError: A rank does not vote.
         """
         try:
-            outcome = self._vote.wait(f"the vote of step {self._source.step}")
+            with self._control.traffic.waiting("vote", "vote"):
+                outcome = self._vote.wait(f"the vote of step {self._source.step}")
         except LostRankError as error:
             # The vote does not say who is missing; the messages between pairs of ranks do.
             raise error.naming(self._source.missing() or self._control.dead_ranks()) from error.__cause__

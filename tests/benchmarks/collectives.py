@@ -37,9 +37,9 @@ def row(kind: str, group: str) -> str:
     return f"{kind}, {group}"
 
 
-def measure(backend: str, mib: int, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each collective in each round. One rank of the job."""
-    init_distributed(backend)
+def measure(backend: str, mib: int, rounds: int) -> None:
+    """Print the seconds of each collective in each round, on rank 0, as JSON. One rank of the job."""
+    context = init_distributed(backend)
     world = dist.group.WORLD
     over_gloo = world if backend == "gloo" else dist.new_group(backend="gloo")
     assert isinstance(world, dist.ProcessGroup) and isinstance(over_gloo, dist.ProcessGroup)
@@ -52,8 +52,9 @@ def measure(backend: str, mib: int, rounds: int) -> dict[str, list[float]]:
         actions[row(ALL_GATHER, name)] = functools.partial(_complete, group.all_gather, bucket)
         actions[row(REDUCE_SCATTER, name)] = functools.partial(_complete, group.reduce_scatter, bucket)
     seconds = interleaved(actions, rounds, seconds_of_the_slowest_rank)
+    if context.rank == 0:
+        print(json.dumps(seconds))
     dist.destroy_process_group()
-    return seconds
 
 
 def _complete(start: Callable[[Tensor], Pending[object]], bucket: Tensor) -> None:
@@ -74,7 +75,7 @@ def run(num_ranks: int, rate_mbit: float | None, mib: int, rounds: int, report: 
             facts["carried_mbit"] = round(links.carried_mbit(hosts))
             output = links.run_ranks(hosts, worker, timeout_s=600)
     seconds: dict[str, list[float]] = json.loads(output)
-    natives = {name: seconds[row(kind, NATIVE)] for kind in KINDS for name in seconds if name.startswith(kind)}
+    natives = {name: seconds[row(name.split(", ")[0], NATIVE)] for name in seconds}
     columns = {"time/gloo's own": {name: ratios(times, natives[name]) for name, times in seconds.items()}}
     if rate_mbit is not None:
         facts["wire_ms"] = wire_ms = mib * 2**20 * 8 * (num_ranks - 1) / num_ranks / rate_mbit / 1e3
@@ -95,9 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         torch.set_num_threads(1)
-        seconds = measure(options.backend, options.mib, options.rounds)
-        if int(os.environ.get("RANK", os.environ.get("PMI_RANK", "0"))) == 0:
-            print(json.dumps(seconds))
+        measure(options.backend, options.mib, options.rounds)
         return
     report = Report(options.json)
     for num_ranks in options.ranks:

@@ -54,7 +54,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 
 class Report:
-    """Print the machine, then a table for each thing measured; `close` writes all of it as JSON."""
+    """Print the machine, then a table for each thing measured, and write all of it as JSON after each table."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -90,6 +90,7 @@ class Report:
             print(line.rstrip(), flush=True)
             rows[name] = row
         self._result[title] = {**facts, "rows": rows}
+        self._write()
 
     def facts(self, **facts: object) -> None:
         """Print and write what holds for all tables."""
@@ -103,11 +104,15 @@ class Report:
         for name, row in rows.items():
             print(f"{name:36}" + "".join(f" {row[column]:12.4g}" for column in columns), flush=True)
         self._result[title] = {"rows": {name: dict(row) for name, row in rows.items()}}
+        self._write()
 
     def close(self) -> None:
         """Print the load in the end, and write the file."""
         self._result["machine"]["load_after"] = os.getloadavg()
         print(f"\nload_after: {os.getloadavg()}")
+        self._write()
+
+    def _write(self) -> None:
         if self._path is not None:
             self._path.write_text(json.dumps(self._result, indent=1))
 

@@ -11,11 +11,11 @@ import pytest
 PROGRAM = """
 import os
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "triton"):
+for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "transformers", "triton"):
     sys.modules[name] = None  # an import of it raises
 import torch
 import torch.distributed as dist
-from sharded_adamax import CheckpointManager, ShardedAdamax, load, save
+from sharded_adamax import CheckpointManager, ShardedAdamax, load, plan, save
 
 folder, world_size = sys.argv[1], int(sys.argv[2])
 child = os.fork() if world_size == 2 else None
@@ -34,6 +34,16 @@ manager = CheckpointManager(f"{folder}/many")
 manager.save(2, model, optimizer)
 assert manager.restore(model, optimizer) == (2, None)
 full = optimizer.full_state_dict()
+assert "3550 parameters in 2 tensors" in str(optimizer.summary()).replace(",", "")
+assert optimizer.metrics()["shard_exp_inf_max"] > 0
+if world_size == 1:
+    assert plan(model).rows[0].sharded_adamax.state == optimizer.held_bytes().state
+    try:
+        optimizer.summary().draw("buckets.png")
+    except ModuleNotFoundError as error:
+        assert str(error) == "a picture of a summary needs matplotlib: pip install 'sharded-adamax[demo]'"
+    else:
+        raise AssertionError("matplotlib was found")
 assert rank == 1 or full["state"][0]["step"] == 2
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharded_adamax import metrics
 from sharded_adamax.kernels import cuda
 from tests.without_gpu.process import answer_of
 
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, float]] = {
     "capturable, a parameter without a gradient": NOTHING,
     "capturable, bfloat16 with a master, clipped": NOTHING,
     "capturable, gradients that arrive reduced": NOTHING,
+    "metrics read": {"copy to the host": 1.0},
     # The count finds what it is there to find.
     "control: a value read": ONE_VALUE,
     "control: a copy to the host": {"copy to the host": 1.0},
@@ -123,6 +125,8 @@ def _waits() -> dict[str, dict[str, float]]:
             job.group["lr"] = torch.empty((), device="cuda")
         found[f"lr as a tensor on the device, {name}"] = job.waits_per_step()
 
+    job = Job(f32)
+    found["metrics read"] = job.waits_per_step(lambda: (job.clip(), metrics.of_rank(job.engine)))
     job = Job(f32)
     found["control: a value read"] = job.waits_per_step(lambda: job.inputs.sum().item())
     job = Job(f32)
