@@ -1,9 +1,9 @@
 """The flat tensors of one bucket and their views. No communication.
 
 [Note: who owns which memory]  The values of the parameters live in ``Bucket.flat_param``; each ``param.data`` is a
-view of it, so that an all-gather writes straight into the tensors that the model uses. m and u exist only for the
-rank's own shard, and so does the master. Gradients have no home here: a bucket-sized buffer exists from the moment a
-bucket is complete until it is reduced.
+view of it (with a storage of its own, see `_with_its_own_storage`), so that an all-gather writes straight into the
+tensors that the model uses. m and u exist only for the rank's own shard, and so does the master. Gradients have no home
+here: a bucket-sized buffer exists from the moment a bucket is complete until it is reduced.
 
 [Note: master]  With a master dtype, parameters of 16 bits are updated in a copy of more bits, and are that copy
 rounded, bit for bit. So wherever a parameter is not its rounded master, somebody has written to the parameter since
@@ -49,6 +49,19 @@ class Precision:
 def part(flat: Tensor, elements: Range) -> Tensor:
     """Return some elements of a flat tensor, as a view."""
     return flat.narrow(0, elements.start, elements.numel)
+
+
+def _with_its_own_storage(view: Tensor) -> Tensor:
+    """Return the memory of a dense view as a tensor that shows no more of it. It keeps the whole alive.
+
+    Programs tell by their storage which weights are one: safetensors takes the views of a bucket for one tensor and
+    leaves out all but one of them, and torch.save writes the bucket for the sake of one view.
+    """
+    storage = view.untyped_storage()
+    if storage.device.type == "meta":  # there is no memory
+        return view
+    start = view.storage_offset() * view.itemsize
+    return view.new_empty(0).set_(storage[start : start + view.nbytes], 0, view.shape, view.stride())
 
 
 class Identity(NamedTuple):
@@ -121,7 +134,7 @@ class Bucket:
             view = self.flat_param.as_strided(param.shape, dense_strides(param), slot.start)
             view.copy_(param.detach())
             take_over([param])
-            param.data = view
+            param.data = _with_its_own_storage(view)
 
     def count_update(self, used: Sequence[bool]) -> None:
         """Add one to the steps of the used slots."""

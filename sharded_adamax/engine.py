@@ -352,7 +352,9 @@ class Engine:
                 return (
                     f"rank {self.group.rank}: {name} is no longer the tensor that ShardedAdamax manages: its .data, "
                     "shape, dtype or device changed after the optimizer was built (model.to(...), param.data = ...). "
-                    "Move and cast the model first, then build the optimizer; change values in place, with copy_"
+                    "Move and cast the model first, then build the optimizer; change values in place, with copy_. With "
+                    "Hugging Face Accelerate, prepare the model before the optimizer is built; instead of its Trainer "
+                    "use sharded_adamax.integrations.transformers.ShardedTrainer"
                 )
         return None
 

@@ -25,6 +25,11 @@ class Observed:
         """Which rank owns what. Parameters that are frozen and never had a gradient are not in it."""
         return self._get_engine().layout
 
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether this optimizer averages the gradients over the ranks, or something else has to."""
+        return self._get_engine().settings.reduce_gradients
+
     def summary(self) -> Summary:
         """Return the buckets, who owns what of them, their bytes, and what a step sends. Local, the same on every rank.
 

@@ -144,7 +144,9 @@ class FlatShard(Tensor):
             f"this is a sharded optimizer state (elements {self.owned.start}:{self.owned.stop} of {self.numel()} on "
             "this rank): saving it with torch.save or pickle would lose the other ranks' parts. Call "
             "sharded_adamax.save(path, model, optimizer) on all ranks, or optimizer.full_state_dict(to=0) "
-            "(consolidate_state_dict) on all ranks and torch.save its result on rank 0"
+            "(consolidate_state_dict) on all ranks and torch.save its result on rank 0. With Hugging Face Accelerate: "
+            "sharded_adamax.integrations.accelerate.gather_on_save(accelerator, optimizer) before save_state; instead "
+            "of its Trainer: sharded_adamax.integrations.transformers.ShardedTrainer"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatShard:

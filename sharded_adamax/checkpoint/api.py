@@ -18,6 +18,7 @@ from sharded_adamax.checkpoint import contents, reading
 from sharded_adamax.checkpoint.directory import Header, Opened, Save, open_checkpoint, start
 from sharded_adamax.checkpoint.errors import CheckpointDamagedError, CheckpointError
 from sharded_adamax.collectives import ControlPlane, control_plane
+from sharded_adamax.wrappers import unwrapped
 
 # All saves of this process belong to one run; that of the first rank counts.
 _RUN_ID = uuid.uuid4().hex
@@ -38,6 +39,7 @@ def save(
 
     Args:
         path: Must not exist; its parents are made.
+        optimizer: Also one that Accelerate, Fabric or Lightning has wrapped.
         extra: Anything that ``torch.load(weights_only=True)`` reads: numbers, strings, lists, dicts, tensors. That of
             the first rank is kept.
         step: For the manifest.
@@ -63,6 +65,7 @@ def begin(
     metric: float | None = None,
 ) -> Save:
     """Decide who writes what. Collective. With ``snapshot`` the tensors may change afterwards."""
+    optimizer = unwrapped(optimizer)
     state = contents.collect(model, optimizer)
 
     def serialise() -> None:
@@ -152,6 +155,7 @@ def load_with(
     restore_rng: bool,
 ) -> Any:
     """`load` with a given control plane."""
+    optimizer = unwrapped(optimizer)
     opened: list[Opened] = []
     agreement.run_together(control, lambda: opened.append(open_checkpoint(path, verify=verify)), f"opening {path}")
     _same_checkpoint(control, opened[0])

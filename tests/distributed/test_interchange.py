@@ -15,7 +15,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.nn.parallel import DistributedDataParallel
@@ -122,6 +127,51 @@ def _through_state_dicts(path: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_torchs_functions_for_optimizer_states_work_on_ours(ranks: Pool, tmp_path: Path, world_size: int) -> None:
     ranks.run(world_size, _through_state_dicts, str(tmp_path / "checkpoint"))
+
+
+class _Part:
+    """A part of a job as torchtitan gives it to torch.distributed.checkpoint: an object with a state_dict."""
+
+    def __init__(self, job: jobs.Job, part: str) -> None:
+        self._job = job
+        self._is_model = part == "model"
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._is_model:
+            return get_model_state_dict(self._job.module)
+        return dict(get_optimizer_state_dict(self._job.module, self._job.optimizer, options=jobs.OPTIONS))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._is_model:
+            set_model_state_dict(self._job.module, state)
+        else:
+            set_optimizer_state_dict(self._job.module, self._job.optimizer, state, options=jobs.OPTIONS)
+
+
+def _parts(job: jobs.Job) -> dict[str, Any]:
+    return {part: _Part(job, part) for part in ("model", "optimizer")}
+
+
+def _save_parts(path: str) -> None:
+    job = jobs.build("ours", torch.float32, seed=0)
+    jobs.advance(job)
+    dcp_save(_parts(job), checkpoint_id=path)
+
+
+def _load_parts(path: str) -> None:
+    job = jobs.build("ours", torch.float32, seed=1)
+    dcp_load(_parts(job), checkpoint_id=path)
+    jobs.check(job, jobs.expected(torch.float32), "after torch.distributed.checkpoint.load")
+    jobs.advance(job, range(jobs.NUM_STEPS, jobs.NUM_STEPS + 2))
+    jobs.check(job, jobs.expected(torch.float32, jobs.NUM_STEPS + 2), "two steps later")
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 3), (3, 1)])
+def test_a_job_saved_in_torchtitans_way_goes_on_at_another_number_of_ranks(
+    ranks: Pool, tmp_path: Path, saved_at: int, loaded_at: int
+) -> None:
+    ranks.run(saved_at, _save_parts, str(tmp_path / "checkpoint"))
+    ranks.run(loaded_at, _load_parts, str(tmp_path / "checkpoint"))
 
 
 def _reshard_through_state_dicts(path: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 PROGRAM = """
 import os
 import sys
-for name in ("numpy", "rich", "tqdm", "psutil", "matplotlib", "safetensors", "mpi4py", "transformers", "triton"):
+others = "numpy rich tqdm psutil matplotlib safetensors mpi4py triton accelerate transformers lightning"
+for name in others.split():
     sys.modules[name] = None  # an import of it raises
 import torch
 import torch.distributed as dist

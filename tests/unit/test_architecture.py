@@ -14,7 +14,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"checkpoint", "planning"},
     "__init__": {"bootstrap", "checkpoint", "optimizer", "planning"},
-    "checkpoint": {"agreement", "collectives", "layout", "ranges", "state"},
+    "integrations": {"optimizer", "wrappers"},
+    "checkpoint": {"agreement", "collectives", "layout", "ranges", "state", "wrappers"},
     "optimizer": {
         "agreement", "arguments", "collectives", "consolidation", "engine", "loading", "logs", "members", "observing",
         "reduction", "scaling",
@@ -42,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logs": set(),
     "agreement": {"collectives", "pending"},
     "members": set(),
+    "wrappers": set(),
     "buckets": {"layout", "ranges", "streams"},
     "collectives": {"objects", "pending", "streams"},
     "objects": set(),
