@@ -14,6 +14,9 @@ PAGE_TIMEOUT_SECONDS = 300  # the tutorial starts eight processes that import to
 # Blocks that do not run, by page. A page that gets one more has to say so here, and why in the page.
 NOT_RUN = {"README.md": 1, "docs/performance.md": 1, "docs/plan.md": 1, "docs/tutorial.md": 1}
 
+# Pages whose blocks another test runs, on several ranks.
+RUN_ELSEWHERE = {"docs/frameworks.md": "tests/integration/frameworks/test_page.py"}
+
 # What a page takes for granted that its reader has.
 READERS_OWN = {
     "README.md": """
@@ -43,7 +46,8 @@ def _name(page: Path) -> str:
 
 
 def _pages_with_code() -> list[Path]:
-    return [page for page in PAGES if any(b.language in LANGUAGES_THAT_RUN for b in blocks_of(page.read_text()))]
+    pages = [page for page in PAGES if _name(page) not in RUN_ELSEWHERE]
+    return [page for page in pages if any(b.language in LANGUAGES_THAT_RUN for b in blocks_of(page.read_text()))]
 
 
 @pytest.mark.timeout(PAGE_TIMEOUT_SECONDS)
@@ -62,6 +66,11 @@ def test_blocks_that_do_not_run_are_few_and_say_why() -> None:
     reasons = {_name(page): [b.reason for b in blocks_of(page.read_text()) if b.reason is not None] for page in PAGES}
     assert {name: len(found) for name, found in reasons.items() if found} == NOT_RUN
     assert all(reason for found in reasons.values() for reason in found)
+
+
+def test_what_is_run_elsewhere_is_run_there() -> None:
+    for page, test in RUN_ELSEWHERE.items():
+        assert f'"{Path(page).name}"' in (ROOT / test).read_text()
 
 
 def test_no_fence_escapes_the_search_for_blocks() -> None:
