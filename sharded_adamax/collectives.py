@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from sharded_adamax import streams
+from sharded_adamax import objects, streams
 from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued
 
 T = TypeVar("T")
@@ -109,18 +109,14 @@ class ControlPlane:
         self.traffic.record("exchange", 0)
         if self._process_group is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._process_group)
-        return values
+        return objects.all_gather(value, self._process_group)
 
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks on the first one, by rank; None elsewhere. Picklable objects."""
         self.traffic.record("gather", 0)
         if self._process_group is None:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self._process_group, group_dst=0)
-        return values
+        return objects.gather(value, self._process_group)
 
     def scatter(self, values: list[T] | None) -> T:
         """Return the value that the first rank has for this one; ``values`` counts there only. Picklable objects."""
@@ -128,10 +124,7 @@ class ControlPlane:
         if self._process_group is None:
             assert values is not None
             return values[0]
-        received: list[Any] = [None]
-        dist.scatter_object_list(received, values, group=self._process_group, group_src=0)
-        result: T = received[0]
-        return result
+        return objects.scatter(values, self._process_group)
 
 
 class Group(ABC):

@@ -28,13 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class ShardedAdamax(Observed, torch.optim.Adamax):
-    r"""torch.optim.Adamax with its state, its gradients and its work sharded over the ranks of a data-parallel job.
+    """torch.optim.Adamax with its state, its gradients and its work sharded over the ranks of a data-parallel job.
 
-    .. math::
-        g_t &= \tfrac{1}{N}\textstyle\sum_r \nabla f_r(\theta_{t-1}) + \lambda\,\theta_{t-1} \\
-        m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, g_t \\
-        u_t &= \max(\beta_2 u_{t-1},\; |g_t| + \epsilon) \\
-        \theta_t &= \theta_{t-1} - \frac{\gamma}{1-\beta_1^t}\, \frac{m_t}{u_t}
+        g = mean of the ranks' gradients + weight_decay * p
+        m = beta1 * m + (1 - beta1) * g                      # exp_avg
+        u = max(beta2 * u, |g| + eps)                        # exp_inf
+        p = p - lr / (1 - beta1**t) * m / u                  # in step t
 
     Construction flattens the parameters into buckets, one bucket at a time, and overwrites them with those of the
     group's first rank. From then on ``p.data`` is a view of a bucket: change values in place, and move or cast the
