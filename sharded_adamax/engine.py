@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -149,21 +149,13 @@ class Engine:
             self.num_skipped_steps += 1
             log_for_all(logger, self.group.rank, logging.WARNING, "step %d is skipped: %s", self.source.step, refusal)
         else:
-            for index, slots in enumerate(used):
-                self._update(index, slots, groups, hypers)
-            self._tell_autograd(used)
+            for index in self.gathering.sequence(len(self.buckets)):
+                self._update(index, used[index], groups, hypers)
             self.gathering.complete()
         self.grad_norm = self._norms.get((self.source.num_rounds, 2.0))
         self._forget_gradients()
         self.waited_seconds = {**self.group.traffic.take_waited_seconds(), **self.control.traffic.take_waited_seconds()}
         self.source.step += 1
-
-    def _tell_autograd(self, used: list[list[bool]]) -> None:
-        """Make a backward through a graph from before this step fail in torch's words, as after any in-place update."""
-        for bucket, slots in zip(self.buckets, used, strict=True):
-            updated = [param for param, is_used in zip(bucket.params, slots, strict=True) if is_used]
-            torch.autograd.graph.increment_version(updated)
-            bucket.note_versions()
 
     def _refusal(self, used: list[list[bool]]) -> str | None:
         """Return why all ranks skip this step; None: they take it. Collective."""
@@ -343,6 +335,9 @@ class Engine:
                     [run.step for run in runs],
                     hyper,
                 )
+        # A backward through a graph from before this step fails in torch's words, as after any in-place update.
+        torch.autograd.graph.increment_version(list(compress(bucket.params, used)))
+        bucket.note_versions()
         self.gathering.updated(index, bucket, self.source.step)
 
     def _moved_problem(self) -> str | None:

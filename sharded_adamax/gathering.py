@@ -1,10 +1,11 @@
 """Parameters out: every rank's updated shard into the flat tensors that the model uses.
 
-[Note: overlapped gathering]  Without overlap an all-gather starts as soon as its bucket is updated, and `step` waits
-for all. With it, all-gathers start when every bucket is updated, the one that the forward pass needs first goes first,
-and `step` waits for none. Until a bucket has arrived its parameters are late, see [Note: late parameter] in late.py:
-whoever needs one waits for its bucket. The next step waits for what nobody needed. On a GPU it is a stream that waits,
-see [Note: stream] in streams.py; another follows when it runs a module.
+[Note: overlapped gathering]  An all-gather starts as soon as its bucket is updated. Without overlap buckets are updated
+in the order in which their gradients arrive, and `step` waits for all gathers. With it the bucket that the forward pass
+needs first is updated first, the others under its gather, and `step` waits for none. Until a bucket has arrived its
+parameters are late, see [Note: late parameter] in late.py: whoever needs one waits for its bucket. The next step waits
+for what nobody needed. On a GPU it is a stream that waits, see [Note: stream] in streams.py; another follows when it
+runs a module.
 
 The order is that in which buckets were awaited since the last step on the first rank; the vote of the step tells the
 others, so that all issue their all-gathers in one order, also where ranks run different modules.
@@ -47,6 +48,10 @@ class ParameterGathering:
         self.group = group
         self._gathers: dict[int, _Gather] = {}  # by index of the bucket
 
+    def sequence(self, num_buckets: int) -> Sequence[int]:
+        """Return the order in which to update buckets, the same on all ranks: that of their gradients."""
+        return range(num_buckets)
+
     def updated(self, index: int, bucket: Bucket, step: int) -> None:
         """Take note that this rank's shard of ``bucket``, the ``index``-th, is new. Collective."""
         self._launch(index, bucket, step)
@@ -88,24 +93,22 @@ class OverlappedGathering(ParameterGathering):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._updated: dict[int, tuple[Bucket, int]] = {}  # since the last step, with the step
         self._awaited: list[int] = []  # since the last step, in this order
         self._abreast: set[torch.Stream | None] = set()  # streams that have waited for all that any has waited for
         self._lock = threading.RLock()  # autograd's threads may be the first to look at a parameter
         self._error: LostRankError | None = None
 
+    def sequence(self, num_buckets: int) -> list[int]:
+        return sorted(range(num_buckets), key=_places(self.order))
+
     def updated(self, index: int, bucket: Bucket, step: int) -> None:
-        self._updated[index] = bucket, step
+        self._launch(index, bucket, step)
+        make_late(bucket.params, partial(self.wait, index))
 
     def complete(self) -> None:
         self._awaited.clear()
-        for index in sorted(self._updated, key=_places(self.order)):
-            bucket, step = self._updated[index]
-            self._launch(index, bucket, step)
-            make_late(bucket.params, partial(self.wait, index))
-        if self._updated and self._here() is not None:
+        if self._gathers and self._here() is not None:
             ask_to_follow(self)
-        self._updated.clear()
 
     def settle(self) -> None:
         for index in self._gathers:
