@@ -10,5 +10,12 @@ import logging
 
 
 def log_for_all(logger: logging.Logger, rank: int, level: int, message: str, *args: object) -> None:
-    """Log what every rank has to say: at ``level`` on the first rank of the group, at DEBUG on the others."""
-    logger.log(level if rank == 0 else logging.DEBUG, f"rank %d: {message}", rank, *args, stacklevel=2)
+    """Log what every rank has to say: at ``level`` on the first rank of the group, at DEBUG on the others.
+
+    Args:
+        args: Those that are functions are called for their value, and only if somebody hears it.
+    """
+    level = level if rank == 0 else logging.DEBUG
+    if logger.isEnabledFor(level):
+        values = (arg() if callable(arg) else arg for arg in args)
+        logger.log(level, f"rank %d: {message}", rank, *values, stacklevel=2)

@@ -161,7 +161,7 @@ class ShardedAdamax(Observed, torch.optim.Adamax):
         engine.frozen += [m for m in members if not m.param.requires_grad]
         engine.extend([m for m in members if m.param.requires_grad], self.state)
         engine.prepare_kernels(self.param_groups)
-        log_for_all(logger, engine.group.rank, logging.INFO, "%s", self.summary().headline)
+        log_for_all(logger, engine.group.rank, logging.INFO, "%s", lambda: self.summary().headline)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group as torch.optim.Optimizer does. Collective after construction.

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+
+import pytest
+import torch
+
+from sharded_adamax import ShardedAdamax
 
 PROGRAM = """
 import sys
@@ -41,3 +47,13 @@ def test_torch_logs_turns_the_whole_package_up() -> None:
 def test_torch_logs_turns_one_room_up_and_warnings_are_seen_in_any_case() -> None:
     (skipped,) = _said("sharded_adamax.checkpoint")
     assert skipped == SKIPPED, "nobody has configured logging for this room: Python's last resort prints it"
+
+
+def test_what_nobody_hears_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For thousands of ranks a summary takes seconds.
+    monkeypatch.setattr(ShardedAdamax, "summary", lambda self: pytest.fail("a summary was made"))
+    logging.getLogger("sharded_adamax").setLevel(logging.WARNING)
+    try:
+        ShardedAdamax([torch.nn.Parameter(torch.ones(3))])
+    finally:
+        logging.getLogger("sharded_adamax").setLevel(logging.NOTSET)
