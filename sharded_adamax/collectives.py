@@ -10,6 +10,10 @@ launches its bucket after the vote), and only gloo matches collectives by kind a
 traffic, and its broadcasts and all_to_all leave one direction of a full-duplex link idle. Point-to-point messages of
 about 1 MiB keep both directions busy and land where they belong. Summing in the order of the ranks makes the result
 independent of how parameters are packed into buckets.
+
+[Note: posting thread]  gloo guards a connection with a lock, and its own thread holds it while it copies to or from
+the socket. Whoever posts a message waits for that. So a thread of the group posts, in the order of the collectives, and
+backward goes on meanwhile: in a step of 190 ms posting took 17.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -30,7 +35,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sharded_adamax import objects, streams
-from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued
+from sharded_adamax.pending import GLANCE, Done, Message, Messages, Native, Part, Pending, Queued, Refused, Work
 
 T = TypeVar("T")
 
@@ -231,12 +236,14 @@ class ProcessGroup(Group):
 
 
 class GlooGroup(ProcessGroup):
-    """gloo on CPU tensors: reduce-scatter and all-gather made of point-to-point messages. See the note above."""
+    """gloo on CPU tensors: reduce-scatter and all-gather made of point-to-point messages. See the notes above."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         super().__init__(process_group)
         # By kind; the same on all ranks, because every rank cuts every collective into the same messages.
         self._num_messages: Counter[str] = Counter()
+        # One thread, so that messages are posted in the order of the collectives. It ends with this object.
+        self._posting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sharded_adamax posting")
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         rows = _as_real(bucket).view(self.size, -1)  # row q is meant for rank q
@@ -253,26 +260,24 @@ class GlooGroup(ProcessGroup):
             for other in others:
                 total[part].add_(other[part])
 
-        parts = self._start("reduce_scatter", send=lambda peer: rows[peer], receive=lambda peer: values[peer], then=add)
+        self.traffic.record("reduce_scatter", rows[0].nbytes * (self.size - 1))
+        posted = self._posting.submit(self._post, "reduce_scatter", rows.__getitem__, values.__getitem__, add)
         result = torch.view_as_complex(total.view(-1, 2)) if bucket.is_complex() else total
-        return Messages(self.rank, parts, result, held_bytes)
+        return Messages(self.rank, posted, result, held_bytes)
 
     def all_gather(self, bucket: Tensor) -> Pending[None]:
         rows = _as_real(bucket).view(self.size, -1)  # row q comes from rank q
-        parts = self._start("all_gather", send=lambda peer: rows[self.rank], receive=lambda peer: rows[peer])
-        return Messages(self.rank, parts, None, held_bytes=0)
+        self.traffic.record("all_gather", rows[0].nbytes * (self.size - 1))
+        own = rows[self.rank]
+        posted = self._posting.submit(self._post, "all_gather", lambda peer: own, rows.__getitem__, lambda part: None)
+        return Messages(self.rank, posted, None, held_bytes=0)
 
     def _peers(self) -> list[int]:
         """Return the other ranks, the next one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-    def _start(
-        self,
-        kind: str,
-        *,
-        send: Callable[[int], Tensor],
-        receive: Callable[[int], Tensor],
-        then: Callable[[slice], None] = lambda part: None,
+    def _post(
+        self, kind: str, send: Callable[[int], Tensor], receive: Callable[[int], Tensor], then: Callable[[slice], None]
     ) -> list[Part]:
         """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``.
 
@@ -291,13 +296,19 @@ class GlooGroup(ProcessGroup):
             self._num_messages[kind] += 1
             messages = []
             for peer in self._peers():
-                arrival = self._process_group.recv([receive(peer)[part]], peer, tag)
+                arrival = _posted(self._process_group.recv, receive(peer)[part], peer, tag)
                 messages.append(Message(peer, is_arrival=True, work=arrival))
-                departure = self._process_group.send([send(peer)[part]], peer, tag)
+                departure = _posted(self._process_group.send, send(peer)[part], peer, tag)
                 messages.append(Message(peer, is_arrival=False, work=departure))
             parts.append(Part(messages, functools.partial(then, part)))
-        self.traffic.record(kind, row.nbytes * (self.size - 1))
         return parts
+
+
+def _posted(post: Callable[[list[Tensor], int, int], dist.Work], message: Tensor, peer: int, tag: int) -> Work:
+    try:
+        return post([message], peer, tag)
+    except RuntimeError as error:  # the connection is gone: whoever waits is to know which one
+        return Refused(error)
 
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -128,12 +129,28 @@ class Native(Generic[T]):
         return []
 
 
+class Work(Protocol):
+    """What there is to wait for of a ``torch.distributed.Work``."""
+
+    def wait(self, timeout: timedelta = ...) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A message that could not be posted, because the connection to the other rank is gone."""
+
+    error: RuntimeError
+
+    def wait(self, timeout: timedelta = GLANCE) -> bool:
+        raise self.error
+
+
 class Message(NamedTuple):
     """A message to or from another rank."""
 
     peer: int
     is_arrival: bool
-    work: dist.Work
+    work: Work
 
 
 class Part(NamedTuple):
@@ -145,27 +162,28 @@ class Part(NamedTuple):
 
 @dataclass
 class Messages(Generic[T]):
-    """Point-to-point messages under way. ``result`` is one when all parts are through."""
+    """Point-to-point messages under way, or about to be. ``result`` is one when all parts are through."""
 
     rank: int
-    parts: list[Part]
+    posted: Future[list[Part]]
     result: T
     held_bytes: int
 
     def wait(self, doing: str) -> T:
-        for part in self.parts:
+        parts = self.posted.result()
+        for part in parts:
             for message in part.messages:
                 try:
                     message.work.wait()
                 except RuntimeError as error:
                     raise LostRankError(self.rank, [message.peer], doing, error) from error
             part.then()
-        self.parts.clear()
+        parts.clear()
         return self.result
 
     def missing(self) -> list[int]:
         found: list[int] = []
-        for message in itertools.chain.from_iterable(part.messages for part in self.parts):
+        for message in itertools.chain.from_iterable(part.messages for part in self.posted.result()):
             if message.is_arrival and message.peer not in found:
                 try:
                     message.work.wait(GLANCE)
