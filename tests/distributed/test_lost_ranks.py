@@ -108,6 +108,36 @@ def test_the_others_stop_at_once_and_name_the_rank_and_the_step(tmp_path: Path, 
     assert any("1" in named for named in culprits), culprits
 
 
+# Rank 1 is gone before rank 0 posts anything, and gloo has noticed. Arguments: rank, store.
+GONE = """
+import os, sys, time
+import torch, torch.distributed as dist
+from sharded_adamax.collectives import GlooGroup
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+dist.barrier()
+if rank == 1:
+    os._exit(0)
+try:
+    dist.recv(torch.zeros(1), 1)
+except RuntimeError:
+    pending = GlooGroup(dist.group.WORLD).reduce_scatter(torch.ones(4))
+    print("missing:", pending.missing(), file=sys.stderr)
+    pending.wait("the reduce-scatter of bucket 0")
+"""
+
+
+def test_a_message_that_cannot_even_be_posted_names_the_rank_when_it_is_waited_for(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [[sys.executable, "-c", GONE, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    other = subprocess.Popen(arguments[1], env=environment, cwd=ROOT)
+    result = subprocess.run(arguments[0], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert other.wait(timeout=50) == 0
+    assert "missing: [1]" in result.stderr, result.stderr
+    assert "LostRankError: rank 0 waited in vain for rank 1 in the reduce-scatter of bucket 0" in result.stderr
+
+
 def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_path: Path) -> None:
     results = _run_job(tmp_path, "dies with gathers to come", 2)
     status, errors, _ = results[0]
