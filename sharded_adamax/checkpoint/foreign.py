@@ -49,6 +49,11 @@ class _Index(_Plain):
         return isinstance(other, _Index) and other.place == self.place
 
 
+def _memory_format(value: object) -> object:
+    """Stand in for the enumeration of memory formats, which nothing here looks at."""
+    return value
+
+
 def _stand_ins() -> dict[tuple[str, str], Any]:
     """Return what a pickle gets for the names it may use: classes and functions made for this call, and constants."""
     plain = ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "StorageMeta", "TensorStorageMetadata")
@@ -56,7 +61,7 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
         **{(metadata.__name__, name): type(name, (_Plain,), {}) for name in plain},
         (metadata.__name__, "TensorProperties"): type("TensorProperties", (_Properties,), {}),
         (metadata.__name__, "MetadataIndex"): type("MetadataIndex", (_Index,), {}),
-        (metadata.__name__, "_MEM_FORMAT_ENCODING"): lambda value: value,
+        (metadata.__name__, "_MEM_FORMAT_ENCODING"): _memory_format,
         (filesystem.__name__, "_StorageInfo"): type("_StorageInfo", (_Plain,), {}),
         ("torch", "Size"): torch.Size,  # C types like these two cannot be changed
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -77,7 +82,18 @@ class _Unpickler(pickle.Unpickler):
             return self._allowed[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise CheckpointError(f"{self._path} asks for {module}.{name}, which no checkpoint needs: it was not run")
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
+        raise self._refusal(f"{module}.{name}")
+
+    def _member(self, owner: object, name: object) -> object:
+        """Return a member of an enumeration; Python 3.11.2 pickles it as ``getattr(enumeration, name)``."""
+        if owner is not _memory_format:
+            raise self._refusal("builtins.getattr")
+        return name
+
+    def _refusal(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} asks for {what}, which no checkpoint needs: it was not run")
 
 
 def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Record]]:

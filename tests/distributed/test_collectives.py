@@ -72,11 +72,11 @@ def _many_at_once() -> None:
             whole[rank * numel : (rank + 1) * numel] = _bucket(7, size * numel, torch.float32)[rank * numel :][:numel]
             wholes.append(whole)
             gathering.append(group.all_gather(whole))
-    totals: dict[int, Tensor] = {}
-    order = [2, 0, 3, 1] if rank % 2 else [3, 2, 1, 0]  # the order of the waits is each rank's own affair
-    for index in order:
-        gathering[index].wait("a test")
-        totals[index] = reducing[index].wait("a test")
+        totals: dict[int, Tensor] = {}
+        order = [2, 0, 3, 1] if rank % 2 else [3, 2, 1, 0]  # the order of the waits is each rank's own affair
+        for index in order:
+            gathering[index].wait("a test")
+            totals[index] = reducing[index].wait("a test")
     for index, numel in enumerate(numels):
         assert_same_bits(totals[index], _sum_in_rank_order(numel, torch.float32), f"sum {index}")
         assert_same_bits(wholes[index], _bucket(7, size * numel, torch.float32), f"bucket {index}")
