@@ -1,6 +1,6 @@
 """ShardedAdamax, moment by moment: what a rank holds while the buckets go through backward and `step`.
 
-This follows buckets.py, collectives.py, reduction.py and engine.py allocation by allocation. Where memory comes to be
+This follows buckets.py, collectives, reduction.py and engine.py allocation by allocation. Where memory comes to be
 held for longer there, or for less long, the counts of tests/distributed/test_plan.py disagree.
 """
 

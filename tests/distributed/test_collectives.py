@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_adamax import collectives
-from sharded_adamax.collectives import GlooGroup
+from sharded_adamax.collectives import GlooGroup, gloo
 from tests.distributed.pool import Pool
 from tests.distributed.problems import assert_same_bits
 from tests.distributed.wire import bytes_between, tcp_bytes_received
@@ -49,7 +48,7 @@ def _compare_sums() -> None:
         for numel in SHARD_NUMELS:
             bucket = _bucket(group.rank, group.size * numel, dtype)
             before = bucket.clone()
-            with patch.object(collectives, "MESSAGE_BYTES", MESSAGE_BYTES):
+            with patch.object(gloo, "MESSAGE_BYTES", MESSAGE_BYTES):
                 total = group.reduce_scatter(bucket).wait("a test")
             assert_same_bits(total, _sum_in_rank_order(numel, dtype), f"the sum of {numel} {dtype}")
             assert_same_bits(bucket, before, "the bucket")
@@ -65,7 +64,7 @@ def _many_at_once() -> None:
     rank, size = group.rank, group.size
     numels = [640, 193, 64, 640]
     reducing, gathering, wholes = [], [], []
-    with patch.object(collectives, "MESSAGE_BYTES", MESSAGE_BYTES):
+    with patch.object(gloo, "MESSAGE_BYTES", MESSAGE_BYTES):
         for numel in numels:
             reducing.append(group.reduce_scatter(_bucket(rank, size * numel, torch.float32)))
             whole = torch.full((size * numel,), -1.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sharded_adamax import ShardedAdamax
-from sharded_adamax.collectives import Pending
+from sharded_adamax.pending import Pending
 from tests.distributed.models import Backward, Batch, Gradients, Twins, fill_
 from tests.distributed.pool import Pool
 from tests.distributed.problems import mean_over_ranks
