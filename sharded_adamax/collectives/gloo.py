@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ MESSAGE_BYTES = 1 << 20
 # kind has its block: a rank that is a step behind the others must not take a gradient for a parameter.
 FIRST_TAG = {"reduce_scatter": 1 << 24, "all_gather": 3 << 23}
 NUM_TAGS = 1 << 23
+
+# What to send to a rank, where to receive from it, and what to do then; see `GlooGroup._start`.
+_Job = tuple[Callable[[int], Tensor], Callable[[int], Tensor], Callable[[slice], None]]
 
 
 class GlooGroup(ProcessGroup):
@@ -57,7 +60,7 @@ class GlooGroup(ProcessGroup):
                 total[part].add_(other[part])
 
         self.traffic.record("reduce_scatter", rows[0].nbytes * (self.size - 1))
-        posted = self._posting.submit(self._post, "reduce_scatter", rows.__getitem__, values.__getitem__, add)
+        posted = self._start("reduce_scatter", rows.__getitem__, values.__getitem__, add)
         result = torch.view_as_complex(total.view(-1, 2)) if bucket.is_complex() else total
         return Messages(self.rank, posted, result, held_bytes)
 
@@ -65,16 +68,16 @@ class GlooGroup(ProcessGroup):
         rows = as_real(bucket).view(self.size, -1)  # row q comes from rank q
         self.traffic.record("all_gather", rows[0].nbytes * (self.size - 1))
         own = rows[self.rank]
-        posted = self._posting.submit(self._post, "all_gather", lambda peer: own, rows.__getitem__, lambda part: None)
+        posted = self._start("all_gather", lambda peer: own, rows.__getitem__, lambda part: None)
         return Messages(self.rank, posted, None, held_bytes=0)
 
     def _peers(self) -> list[int]:
         """Return the other ranks, the next one first, so that not all ranks send to rank 0 at once."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-    def _post(
+    def _start(
         self, kind: str, send: Callable[[int], Tensor], receive: Callable[[int], Tensor], then: Callable[[slice], None]
-    ) -> list[Part]:
+    ) -> Future[list[Part]]:
         """Start sending a row to, and receiving a row from, every other rank, in messages of ``MESSAGE_BYTES``.
 
         Args:
@@ -82,6 +85,12 @@ class GlooGroup(ProcessGroup):
             receive: Where the row of a rank is to go.
             then: Called while waiting, with each part of a row, in order, when it has come from all ranks.
         """
+        # In a list, which `_post` empties: the executor may hold its arguments for a moment after all is over, and the
+        # memory of a bucket is not to outlive the wait.
+        return self._posting.submit(self._post, kind, [(send, receive, then)])
+
+    def _post(self, kind: str, job: list[_Job]) -> list[Part]:
+        send, receive, then = job.pop()
         row = send(self._peers()[0])
         message_numel = MESSAGE_BYTES // row.element_size()
         parts = []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -100,6 +103,33 @@ def _hold() -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_result_of_a_reduce_scatter_keeps_no_other_memory_alive(ranks: Pool, world_size: int) -> None:
     ranks.run(world_size, _hold)
+
+
+class _Clinging(ThreadPoolExecutor):
+    """Never lets go of what was submitted. Others do so soon, but perhaps after the result was taken."""
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=1)
+        self.submitted: list[object] = []
+
+    def submit(self, *call: Any, **options: Any) -> Future[Any]:
+        self.submitted.append((call, options))
+        return super().submit(*call, **options)
+
+
+def _let_go() -> None:
+    group = _group()
+    with patch.object(group, "_posting", _Clinging()):
+        bucket = torch.ones(group.size * 1000)
+        memory = weakref.ref(bucket.untyped_storage())
+        pending = group.reduce_scatter(bucket)
+        del bucket
+        pending.wait("a test")
+        assert memory() is None, "the bucket outlives the wait"
+
+
+def test_the_thread_that_posts_holds_no_memory_after_the_wait(ranks: Pool) -> None:
+    ranks.run(2, _let_go)
 
 
 def _travel_unattended() -> None:
