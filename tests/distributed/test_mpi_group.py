@@ -372,6 +372,7 @@ def test_a_wait_in_vain_is_an_echo_of_what_the_lost_rank_has_to_say() -> None:
 
 
 def _late() -> None:
+    store = dist.distributed_c10d._get_default_store()
     work = dist.barrier(async_op=True)
     assert work is not None
     if dist.get_rank() == 1:
@@ -379,8 +380,9 @@ def _late() -> None:
             RuntimeError, match=r"rank 1 of 2: all_reduce did not finish within 0.2 s: expected every rank"
         ):
             dist.all_reduce(torch.ones(3), async_op=True).wait(timedelta(seconds=0.2))  # type: ignore[union-attr]
+        store.set("it was waited in vain", "")
     else:
-        time.sleep(0.6)
+        store.wait(["it was waited in vain"])
         dist.all_reduce(torch.ones(3))
     work.wait()
 
