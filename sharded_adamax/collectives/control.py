@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax.collectives import objects
+from sharded_adamax.collectives.loans import lend
 from sharded_adamax.collectives.traffic import Traffic
 from sharded_adamax.pending import GLANCE, Done, Native, Pending
 
@@ -32,7 +33,7 @@ class ControlPlane:
         self.traffic.record("maximum", ballot.nbytes if self.size > 1 else 0)
         if self._process_group is None:
             return Done(ballot)
-        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._process_group, async_op=True)
+        work = dist.all_reduce(lend(ballot), op=dist.ReduceOp.MAX, group=self._process_group, async_op=True)
         assert work is not None  # None is for ranks outside the group; control_plane refuses those
         return Native(self.rank, work, ballot)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax import streams
+from sharded_adamax.collectives.loans import lend
 from sharded_adamax.collectives.traffic import Traffic
 from sharded_adamax.pending import Done, Native, Pending, Queued
 
@@ -108,20 +109,20 @@ class ProcessGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         self.traffic.record("broadcast", tensor.nbytes if self.rank == 0 else 0)
-        dist.broadcast(as_real(tensor), group_src=0, group=self._process_group)
+        dist.broadcast(lend(as_real(tensor)), group_src=0, group=self._process_group)
 
     def all_reduce(self, tensor: Tensor, operation: Literal["sum", "max", "min"]) -> None:
         self.traffic.record("all_reduce", tensor.nbytes)
         with self.traffic.waiting("all_reduce", "all_reduce"):
-            dist.all_reduce(tensor, op=_OPERATIONS[operation], group=self._process_group)
+            dist.all_reduce(lend(tensor), op=_OPERATIONS[operation], group=self._process_group)
 
     def gather(self, shard: Tensor, to: int) -> Tensor | None:
         if self.rank != to:
             self.traffic.record("gather", shard.nbytes)
-            dist.gather(as_real(shard), None, group_dst=to, group=self._process_group)
+            dist.gather(lend(as_real(shard)), None, group_dst=to, group=self._process_group)
             return None
         self.traffic.record("gather", 0)
         whole = shard.new_empty(self.size * shard.numel())
         rows = as_real(whole).view(self.size, -1)
-        dist.gather(as_real(shard), list(rows), group_dst=to, group=self._process_group)
+        dist.gather(lend(as_real(shard)), [lend(row) for row in rows], group_dst=to, group=self._process_group)
         return whole

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_adamax.collectives.loans import lend
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ def all_gather(value: T, group: dist.ProcessGroup) -> list[T]:
     data = _to_bytes(value)
     sizes = _sizes(data, group)
     rows = list(torch.empty(group.size(), max(sizes), dtype=torch.uint8).unbind())
-    dist.all_gather(rows, _padded(data, max(sizes)), group=group)
+    dist.all_gather([lend(row) for row in rows], lend(_padded(data, max(sizes))), group=group)
     return [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -30,7 +32,8 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T] | None:
     data = _to_bytes(value)
     sizes = _sizes(data, group)
     rows = list(torch.empty(group.size(), max(sizes), dtype=torch.uint8).unbind()) if group.rank() == 0 else None
-    dist.gather(_padded(data, max(sizes)), rows, group=group, group_dst=0)
+    lent = None if rows is None else [lend(row) for row in rows]
+    dist.gather(lend(_padded(data, max(sizes))), lent, group=group, group_dst=0)
     return None if rows is None else [_from_bytes(row, size) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -38,10 +41,10 @@ def scatter(values: list[T] | None, group: dist.ProcessGroup) -> T:
     """Return the value that the first rank has for this one; ``values`` counts there only."""
     data = [] if values is None or group.rank() != 0 else [_to_bytes(value) for value in values]
     sizes = torch.tensor([each.numel() for each in data] or [0] * group.size())
-    dist.broadcast(sizes, group=group, group_src=0)
+    dist.broadcast(lend(sizes), group=group, group_src=0)
     longest = int(sizes.max())
     received = torch.empty(longest, dtype=torch.uint8)
-    dist.scatter(received, [_padded(each, longest) for each in data] or None, group=group, group_src=0)
+    dist.scatter(lend(received), [lend(_padded(each, longest)) for each in data] or None, group=group, group_src=0)
     result: T = _from_bytes(received, int(sizes[group.rank()]))
     return result
 
@@ -49,7 +52,7 @@ def scatter(values: list[T] | None, group: dist.ProcessGroup) -> T:
 def _sizes(data: Tensor, group: dist.ProcessGroup) -> list[int]:
     """Return how many bytes each rank has."""
     sizes = list(torch.empty(group.size(), 1, dtype=torch.int64).unbind())
-    dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+    dist.all_gather([lend(size) for size in sizes], lend(torch.tensor([data.numel()])), group=group)
     return [int(size) for size in sizes]
 
 
