@@ -146,6 +146,7 @@ class ShardedAdamax(Observed, torch.optim.Adamax):
             self._engine = Engine(control, data_plane(process_group, device), settings)
 
         agreement.run_together(control, build, "building ShardedAdamax")
+        self._get_engine().group.meet(control)
         self._adopt(first_group=0, settings=[f"{name}={value}" for name, value in chosen.items()])
         teach_grad_scaler()
 

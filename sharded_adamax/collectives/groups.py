@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax import streams
+from sharded_adamax.collectives.control import ControlPlane
 from sharded_adamax.collectives.loans import lend
 from sharded_adamax.collectives.traffic import Traffic
 from sharded_adamax.pending import Done, Native, Pending, Queued
@@ -32,6 +33,10 @@ class Group(ABC):
         self.rank = rank
         self.size = size
         self.traffic = Traffic()
+
+    @abstractmethod
+    def meet(self, control: ControlPlane) -> None:
+        """Find out what the ranks can do for each other. Once, before all else; ``control`` has the same ranks."""
 
     @abstractmethod
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
@@ -66,6 +71,9 @@ class LocalGroup(Group):
     def __init__(self) -> None:
         super().__init__(rank=0, size=1)
 
+    def meet(self, control: ControlPlane) -> None:
+        pass  # nobody
+
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         self.traffic.record("reduce_scatter", 0)
         return Queued(bucket, streams.current(bucket.device))
@@ -91,6 +99,9 @@ class ProcessGroup(Group):
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         super().__init__(rank=process_group.rank(), size=process_group.size())
         self._process_group = process_group
+
+    def meet(self, control: ControlPlane) -> None:
+        pass  # the backend has done so
 
     def reduce_scatter(self, bucket: Tensor) -> Pending[Tensor]:
         shard = bucket.new_empty(bucket.numel() // self.size)

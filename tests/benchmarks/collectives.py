@@ -1,8 +1,9 @@
-"""All-gather and reduce-scatter of one bucket: gloo's own, ours made of gloo's messages, over MPI, and the wire's time.
+"""All-gather and reduce-scatter of one bucket: gloo's own, ours, over MPI, and the wire's time.
 
     python -m tests.benchmarks.collectives --ranks 2 4 --mib 64 --mbit 200 1000 5000 --json collectives.json
 
-On this machine the ranks are started by mpirun and MPI takes part. Over links of a given rate each rank is on a host of
+On this machine the ranks are started by mpirun and MPI takes part; ours reads the memory of the other ranks, and once
+more without that, by messages. Over links of a given rate each rank is on a host of
 its own (tests/benchmarks/links.py, needs root). A time is that of the slowest rank. The wire's time is what one rank
 sends, which is also what it receives, divided by the rate: no headers, nothing else to do.
 """
@@ -23,13 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_adamax import init_distributed
-from sharded_adamax.collectives import GlooGroup, Group, ProcessGroup
+from sharded_adamax.collectives import GlooGroup, Group, ProcessGroup, control_plane
 from sharded_adamax.pending import Pending
 from tests.benchmarks import links
 from tests.benchmarks.report import Action, Report, interleaved, ratios, seconds_of_the_slowest_rank
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
-NATIVE, OURS, MPI = "gloo's own", "ours", "MPI"
+NATIVE, OURS, MESSAGES, MPI = "gloo's own", "ours", "ours, by messages", "MPI"
 KINDS = ALL_GATHER, REDUCE_SCATTER = "all-gather", "reduce-scatter"
 
 
@@ -44,7 +45,9 @@ def measure(backend: str, mib: int, rounds: int) -> None:
     over_gloo = world if backend == "gloo" else dist.new_group(backend="gloo")
     assert isinstance(world, dist.ProcessGroup) and isinstance(over_gloo, dist.ProcessGroup)
     groups: dict[str, Group] = {NATIVE: ProcessGroup(over_gloo), OURS: GlooGroup(over_gloo)}
+    groups[OURS].meet(control_plane(over_gloo))
     if backend == "mpi":
+        groups[MESSAGES] = GlooGroup(over_gloo)  # which has not met
         groups[MPI] = ProcessGroup(world)
     bucket = torch.rand(mib << 18)
     actions: dict[str, Action] = {}

@@ -1,19 +1,28 @@
 """Which ranks the tests run on.
 
-A test asks for `ranks` and runs over gloo; those of OVER_MPI_TOO run over MPI as well. All of them over MPI:
+A test asks for `ranks` and runs over gloo, where ranks of one host read each other's memory; those of BY_MESSAGES_TOO
+run a second time without that, those of OVER_MPI_TOO over MPI as well. All of them over MPI, or by messages:
 
     pytest tests/distributed --over=mpi
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from sharded_adamax.collectives.lines import SWITCH
 from tests.distributed.mpi_pool import MpiPool
 from tests.distributed.pool import Pool
 
+BY_MESSAGES_TOO = {"test_collectives.py", "test_overlap.py"}
+NOT_BY_READING = {
+    "test_a_step_is_one_reduce_scatter_and_one_all_gather_per_bucket_and_one_vote": "counts what is sent over TCP",
+    "test_messages_travel_while_nobody_waits": "is about gloo's messages",
+    "test_the_thread_that_posts_holds_no_memory_after_the_wait": "is about gloo's messages",
+}
 OVER_MPI_TOO = {
     "test_disagreement.py",
     "test_guards.py",
@@ -37,29 +46,43 @@ NOT_OVER_MPI = {
 }
 
 
+POOLS: dict[str, Callable[[], Pool]] = {
+    "gloo": Pool,
+    "messages": functools.partial(Pool, {SWITCH: "0"}),
+    "mpi": MpiPool,
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--over", choices=["gloo", "mpi"], help="run the ranks over this only; default: gloo, some over MPI too"
+        "--over", choices=list(POOLS), help="run the ranks over this only; default: gloo, some over others"
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "ranks" not in metafunc.fixturenames:
         return
+    test, module = metafunc.function.__name__, metafunc.module.__file__.rpartition("/")[2]
+    reasons = {"gloo": NOT_BY_READING.get(test), "mpi": NOT_OVER_MPI.get(test)}
     over = metafunc.config.getoption("over", default=None)
-    reason = NOT_OVER_MPI.get(metafunc.function.__name__)
     pools = [over] if over else ["gloo"]
-    if not over and metafunc.module.__file__.rpartition("/")[2] in OVER_MPI_TOO and reason is None:
+    if not over and (module in BY_MESSAGES_TOO or reasons["gloo"]):
+        pools.append("messages")
+    if not over and module in OVER_MPI_TOO:
         pools.append("mpi")
-    marks = [pytest.mark.skip(reason=f"not over MPI: {reason}")] if over == "mpi" and reason else []
-    params = [pytest.param(pool, marks=marks) for pool in pools]
+    params = []
+    for pool in pools:
+        reason = reasons.get(pool)
+        if reason is None or over:  # not even a skip where the test runs in another way
+            marks = [pytest.mark.skip(reason=f"not over {pool}: {reason}")] if reason else []
+            params.append(pytest.param(pool, marks=marks))
     metafunc.parametrize("ranks", params, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Pool]:
     over = getattr(request, "param", None) or request.config.getoption("over", default=None)
-    pool = MpiPool() if over == "mpi" else Pool()
+    pool = POOLS[over or "gloo"]()
     yield pool
     pool.close()
 

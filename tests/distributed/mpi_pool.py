@@ -76,7 +76,7 @@ def main() -> None:
     mpi.register()
     connection = Client(sys.argv[1])
     connection.send(MPI.COMM_WORLD.rank)
-    serve(connection, mpi.BACKEND)
+    serve(connection, mpi.BACKEND, environment={})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,8 +31,9 @@ class RankFailed(AssertionError):
     """At least one rank raised or did not come back."""
 
 
-def serve(connection: Connection, backend: str) -> None:
+def serve(connection: Connection, backend: str, environment: Mapping[str, str]) -> None:
     """Run what comes over the connection, each in a process group of its own; ends when None comes."""
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 
@@ -74,9 +75,13 @@ class Worker(Protocol):
 
 
 class Pool:
-    """``run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks of a fresh process group."""
+    """``run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks of a fresh process group.
 
-    def __init__(self) -> None:
+    ``environment`` is added to that of the ranks.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = environment or {}
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Worker, Connection]] = []
         self._directory = tempfile.TemporaryDirectory()
@@ -126,7 +131,7 @@ class Pool:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=serve, args=(theirs, "gloo"), daemon=True)
+            process = self._context.Process(target=serve, args=(theirs, "gloo", self._environment), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

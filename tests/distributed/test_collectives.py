@@ -1,4 +1,4 @@
-"""gloo's collectives made of messages: the bits of the sum, what is under way at the same time, and memory."""
+"""The collectives over gloo, by reading and by messages: bits of the sum, what is under way together, and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_adamax.collectives import GlooGroup, gloo
+from sharded_adamax.collectives import GlooGroup, control_plane, gloo
 from tests.distributed.pool import Pool
 from tests.distributed.problems import assert_same_bits
 from tests.distributed.wire import bytes_between, tcp_bytes_received
@@ -27,7 +27,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 def _group() -> GlooGroup:
     world = dist.group.WORLD
     assert world is not None
-    return GlooGroup(world)
+    group = GlooGroup(world)
+    group.meet(control_plane(None))
+    return group
 
 
 def _bucket(rank: int, numel: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharded_adamax import ShardedAdamax
+from sharded_adamax.collectives.lines import SWITCH
 from tests.distributed.pool import Pool
 from tests.distributed.problems import backward, gradient, make_params
 
@@ -87,9 +88,16 @@ def _run_job(tmp_path: Path, how: str, world_size: int) -> list[tuple[int, str, 
     return results
 
 
+@pytest.fixture(params=["1", "0"], ids=["reading", "messages"])
+def _by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks of the job read each other's memory, or send messages."""
+    monkeypatch.setenv(SWITCH, request.param)
+
+
 WHERE = r"(the vote of|the (reduce-scatter|all-gather) of bucket \d,) step"
 
 
+@pytest.mark.usefixtures("_by")
 @pytest.mark.parametrize(("how", "world_size"), [("in backward", 3), ("before step", 2), ("dies", 3)])
 def test_the_others_stop_at_once_and_name_the_rank_and_the_step(tmp_path: Path, how: str, world_size: int) -> None:
     results = _run_job(tmp_path, how, world_size)
@@ -138,6 +146,7 @@ def test_a_message_that_cannot_even_be_posted_names_the_rank_when_it_is_waited_f
     assert "LostRankError: rank 0 waited in vain for rank 1 in the reduce-scatter of bucket 0" in result.stderr
 
 
+@pytest.mark.usefixtures("_by")
 def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_path: Path) -> None:
     results = _run_job(tmp_path, "dies with gathers to come", 2)
     status, errors, _ = results[0]
@@ -148,6 +157,7 @@ def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_
     assert "LostRankError" in errors.strip().splitlines()[-1], errors  # the next step
 
 
+@pytest.mark.usefixtures("_by")
 def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> None:
     status, errors, _ = _run_job(tmp_path, "hangs", 2)[0]
     assert status == 1, (status, errors)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.benchmarks.collectives import KINDS, MPI, NATIVE, OURS, row
+from tests.benchmarks.collectives import KINDS, MESSAGES, MPI, NATIVE, OURS, row
 
 ROOT = Path(__file__).parents[2]
 MBIT = 100
@@ -35,7 +35,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def test_the_benchmark_reports_every_collective_on_this_machine(outcome: Outcome) -> None:
     rows = outcome.written["2 ranks, loopback, 1 MiB fp32"]["rows"]
-    assert rows.keys() == OVER_GLOO | {row(kind, MPI) for kind in KINDS}
+    assert rows.keys() == OVER_GLOO | {row(kind, group) for kind in KINDS for group in (MESSAGES, MPI)}
     for kind in KINDS:
         assert rows[row(kind, NATIVE)]["time/gloo's own"]["rounds"] == [1, 1]
         assert rows[row(kind, OURS)]["time/gloo's own"]["median"] > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sharded_adamax.collectives.lines import SWITCH
 from tests.benchmarks.contenders import COMPUTE, DDP, OURS
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,12 @@ def test_the_benchmark_of_the_step_reports_time_bytes_and_memory(tmp_path: Path)
     command = [sys.executable, "-m", "tests.benchmarks.step", *SMALL, "--ranks=2", "--links=loopback", "--tiny=20"]
     command += ["--contenders", COMPUTE, OURS, DDP, f"--rounds={ROUNDS}", f"--steps={STEPS}", "--warm-up=1"]
     result = subprocess.run(
-        [*command, f"--json={path}", f"--picture={picture}"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, f"--json={path}", f"--picture={picture}"],
+        cwd=ROOT,
+        env=os.environ | {SWITCH: "0"},  # bytes are counted where they are sent: over TCP
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     written = json.loads(path.read_text())
