@@ -4,8 +4,8 @@
 in the order in which their gradients arrive, and `step` waits for all gathers. With it the bucket that the forward pass
 needs first is updated first, the others under its gather, and `step` waits for none. Until a bucket has arrived its
 parameters are late, see [Note: late parameter] in late.py: whoever needs one waits for its bucket. The next step waits
-for what nobody needed. On a GPU it is a stream that waits, see [Note: stream] in streams.py; another follows when it
-runs a module.
+for what nobody needed, and so does the end of the program, because other ranks may go on, and need this rank's shards.
+On a GPU it is a stream that waits, see [Note: stream] in streams.py; another follows when it runs a module.
 
 The order is that in which buckets were awaited since the last step on the first rank; the vote of the step tells the
 others, so that all issue their all-gathers in one order, also where ranks run different modules.
@@ -13,8 +13,11 @@ others, so that all issue their all-gathers in one order, also where ranks run d
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -97,6 +100,7 @@ class OverlappedGathering(ParameterGathering):
         self._abreast: set[torch.Stream | None] = set()  # streams that have waited for all that any has waited for
         self._lock = threading.RLock()  # autograd's threads may be the first to look at a parameter
         self._error: LostRankError | None = None
+        atexit.register(_finish, weakref.ref(self))
 
     def sequence(self, num_buckets: int) -> list[int]:
         return sorted(range(num_buckets), key=_places(self.order))
@@ -159,6 +163,18 @@ class OverlappedGathering(ParameterGathering):
         """Return the current stream of the device that all parameters are on."""
         first = next(iter(self._gathers.values()))
         return streams.current(first.bucket.flat_param.device)
+
+
+def _finish(gathering: weakref.ref[OverlappedGathering]) -> None:
+    """Wait for what is under way when the program ends. On a GPU the host waits, too."""
+    alive = gathering()
+    if alive is None or not alive._gathers:
+        return
+    with suppress(LostRankError):  # nobody here needs it any more
+        alive.settle()
+    here = alive._here()
+    if here is not None:
+        here.synchronize()
 
 
 def _places(order: Sequence[int]) -> Callable[[int], tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""A program that ends right after a collective ends well. See [Note: the end of a program]."""
+"""A program that ends right after a collective or a step ends well, and so do those of the other ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from sharded_adamax.collectives.lines import SWITCH
+
 ROOT = Path(__file__).resolve().parents[2]
 
-# Ends in the moment in which gloo's thread holds what it was lent and waits for Python's lock, which by the switch
-# interval is the main thread's until that gives it up by itself. The other rank, left alone, then ends as well.
-# Arguments: rank, store, kind of collective.
+# See [Note: the end of a program]. Ends in the moment in which gloo's thread holds what it was lent and waits for
+# Python's lock, which by the switch interval is the main thread's until that gives it up by itself. The other rank,
+# left alone, then ends as well. Arguments: rank, store, kind of collective.
 JOB = """
 import sys
 import torch, torch.distributed as dist
@@ -40,17 +42,61 @@ for attempt in range(2000):
 """
 
 
+# Rank 1 ends right after its last step, while rank 0, which is late, is to evaluate the model. Arguments: rank, store.
+LATE = """
+import sys, time
+import torch, torch.distributed as dist
+from sharded_adamax import ShardedAdamax
+
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))
+with torch.no_grad():
+    for param in model.parameters():
+        param.fill_(0.5)
+optimizer = ShardedAdamax(model.parameters(), lr=0.25, bucket_mib=0.005)
+optimizer.overlap_forward(model)
+model(torch.ones(2, 40)).sum().backward()
+if rank == 0:
+    updated = optimizer._engine.gathering.updated
+    def late(*arguments):
+        time.sleep(0.5)
+        updated(*arguments)
+    optimizer._engine.gathering.updated = late
+optimizer.step()
+if rank == 0:
+    print([param.unique().tolist() for param in model.parameters()])
+"""
+
+
+@pytest.mark.parametrize("switch", ["1", "0"], ids=["reading", "messages"])
+def test_a_rank_that_ends_after_its_last_step_has_given_the_others_its_shard(tmp_path: Path, switch: str) -> None:
+    (output, errors), (_, others) = _run(LATE, tmp_path, environment={SWITCH: switch})
+    assert not errors and not others
+    # The first step of Adamax is lr times the sign of the gradient.
+    assert output.strip() == str([[0.25]] * 4)
+
+
 @pytest.mark.parametrize("kind", ["vote", "objects"])
 def test_a_rank_that_ends_while_gloo_holds_its_tensors_does_not_abort(tmp_path: Path, kind: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    outputs = _run(JOB, tmp_path, kind)
+    assert any("caught" in output for output, _ in outputs), "no rank ended in that moment: nothing was tried"
+
+
+def _run(
+    program: str, tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """Return what each rank wrote; all end well."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", JOB, str(rank), str(tmp_path / "store"), kind],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            [sys.executable, "-c", program, str(rank), str(tmp_path / "store"), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, cwd=ROOT,
         )
         for rank in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=50) for process in processes]
-    assert any("caught" in output for output, _ in outputs), "no rank ended in that moment: nothing was tried"
     for rank, process in enumerate(processes):
         assert process.returncode == 0, (rank, outputs[rank])
+    return outputs
