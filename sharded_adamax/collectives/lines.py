@@ -81,7 +81,7 @@ class Line:
         """Yield the notices that are there.
 
         Raises:
-            ConnectionError: The neighbour has hung up or ended; after its last notice.
+            OSError: The neighbour has hung up; after its last notice.
         """
         while True:
             try:
@@ -91,8 +91,6 @@ class Line:
             if not notice:
                 raise ConnectionError("it has hung up")
             yield notice
-        if self._has_ended():
-            raise ConnectionError("its process has ended")
 
     def read(self, address: int, target: int, start: int, stop: int) -> None:
         """Copy bytes ``start`` to ``stop`` of what the neighbour has at ``address`` to the same place of ``target``.
@@ -101,8 +99,12 @@ class Line:
             OSError: The neighbour has ended, or has no such memory. What is there then means nothing.
         """
         _read(self._pid, address + start, target + start, stop - start)
-        if self._has_ended():
+        if self.has_ended():
             raise ConnectionError("its process has ended")
+
+    def has_ended(self) -> bool:
+        """Return whether the neighbour's process has."""
+        return bool(self._end.poll(0))
 
     def close(self) -> None:
         """Hang up. The neighbour still gets what it was told."""
@@ -111,9 +113,6 @@ class Line:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         os.close(self._process)
-
-    def _has_ended(self) -> bool:
-        return bool(self._end.poll(0))
 
 
 def lines_to_neighbours(control: ControlPlane) -> dict[int, Line]:

@@ -5,8 +5,9 @@ The neighbour copies it to where it belongs and says that it has *taken* it; unt
 thread reads, so that rows travel while nobody waits, as messages do. Offer and row are matched by the kind of
 collective and its number, so the order in which ranks post different kinds is free.
 
-Whoever waits for a neighbour that has ended or hung up is told at once, for one that hangs after the timeout of the
-process group, as with messages.
+Whoever waits for a neighbour whose process has ended is told at once, otherwise after the timeout of the process group,
+as with messages. One that has only hung up may be on its way to its end: a rank that fails hangs up first, and if the
+others ended before it did, their launcher would take them for the cause.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class _Reading:
         self._changed = threading.Condition()
         self._transfers: dict[_Key, _Transfer] = {}
         self._offers: dict[_Key, tuple[int, int]] = {}  # address and bytes
+        self._mute: set[int] = set()  # what is left is to see its process end
         self._lost: dict[int, Exception] = {}
 
     def expect(self, key: _Key, transfer: _Transfer) -> None:
@@ -174,9 +176,11 @@ class _Reading:
     def run(self) -> None:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        peers = {fileno: peer for peer, line in self._lines.items() for fileno in line.filenos()}
-        for fileno in peers:
-            poll.register(fileno, select.POLLIN)
+        peers = {}
+        for peer, line in self._lines.items():
+            for fileno in line.filenos():
+                poll.register(fileno, select.POLLIN)
+                peers[fileno] = peer
         try:
             while not self._stopping:
                 ready = {fileno for fileno, _ in poll.poll()}
@@ -186,7 +190,7 @@ class _Reading:
                     self._try(peer, functools.partial(self._listen, peer))
                 for key in self._readable():
                     self._try(key.peer, functools.partial(self._take, key))
-                for fileno in [fileno for fileno, peer in peers.items() if peer in self._lost]:
+                for fileno in [fileno for fileno in peers if not self._has_news(peers[fileno], fileno)]:
                     poll.unregister(fileno)
                     del peers[fileno]
         except BaseException as error:
@@ -200,8 +204,14 @@ class _Reading:
     def _try(self, peer: int, action: Callable[[], None]) -> None:
         try:
             action()
-        except OSError as error:
-            self._lose(peer, error)
+        except OSError:
+            self._mute.add(peer)
+        if self._lines[peer].has_ended():
+            self._lose(peer, ConnectionError("its process has ended"))
+
+    def _has_news(self, peer: int, fileno: int) -> bool:
+        connection, _ = self._lines[peer].filenos()
+        return peer not in self._lost and not (peer in self._mute and fileno == connection)
 
     def _listen(self, peer: int) -> None:
         for notice in self._lines[peer].notices(_NOTICE.size):
@@ -224,7 +234,8 @@ class _Reading:
             transfer = self._transfers[key]
             address, num_bytes = self._offers.pop(key)
         if num_bytes != transfer.num_bytes:
-            raise ConnectionError(f"expected a row of {transfer.num_bytes} bytes, got one of {num_bytes}")
+            self._lose(key.peer, RuntimeError(f"expected a row of {transfer.num_bytes} bytes, got one of {num_bytes}"))
+            return
         target = 0 if transfer.incoming is None else transfer.incoming.data_ptr()
         for start in range(0, num_bytes, PIECE_BYTES):
             stop = min(start + PIECE_BYTES, num_bytes)
@@ -250,6 +261,4 @@ class _Reading:
             self._lost.setdefault(peer, error)
             for key in [key for key in self._transfers if key.peer == peer]:
                 self._transfers.pop(key).error = error
-            for key in [key for key in self._offers if key.peer == peer]:
-                del self._offers[key]
             self._changed.notify_all()

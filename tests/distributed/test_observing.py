@@ -229,7 +229,8 @@ def _log() -> list[tuple[str, int, str]]:
         package.removeHandler(records)
         package.setLevel(logging.NOTSET)
     assert optimizer.skipped_steps == 2
-    return records.said
+    # The collectives speak of one rank, each for itself.
+    return [said for said in records.said if not said[0].startswith("sharded_adamax.collectives")]
 
 
 def test_the_first_rank_speaks_for_all_and_the_others_only_at_debug(ranks: Pool) -> None:
