@@ -29,7 +29,7 @@ from torch import Tensor
 from sharded_adamax.collectives.lines import Line
 
 # What is read between two looks at whether the neighbour lives, and before whoever waits may use it.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 
 _NOTICE = struct.Struct("=BBQQQ")  # offer or taken, kind, number; of an offer address and bytes
 _OFFER, _TAKEN = range(2)
