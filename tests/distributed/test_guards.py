@@ -73,6 +73,7 @@ def test_the_native_collectives_do_what_the_messages_do(ranks: Pool, world_size:
 
 
 def _another_device() -> str:
+    dist.barrier()  # nobody leaves the group while another is still joining it
     try:
         data_plane(None, torch.device("cuda"))
     except ValueError as error:
