@@ -37,6 +37,10 @@ _SECRET_BYTES = 16
 
 # None where the C library has no such call.
 _process_vm_readv = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+if _process_vm_readv is not None:
+    _pointer, _count = ctypes.c_void_p, ctypes.c_ulong
+    _process_vm_readv.argtypes = (ctypes.c_int, _pointer, _count, _pointer, _count, _count)
+    _process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class _IoVec(ctypes.Structure):
@@ -65,9 +69,15 @@ class Line:
         self._end = select.poll()
         self._end.register(process, select.POLLIN)
 
-    def filenos(self) -> tuple[int, int]:
-        """Return what becomes readable when there are notices, and what does when the neighbour's process has ended."""
-        return self._connection.fileno(), self._process
+    @property
+    def connection(self) -> int:
+        """A file number that becomes readable when there are notices."""
+        return self._connection.fileno()
+
+    @property
+    def process(self) -> int:
+        """A file number that becomes readable when the neighbour's process has ended."""
+        return self._process
 
     def tell(self, notice: bytes) -> None:
         """Send a notice, which arrives whole and in order.
@@ -99,12 +109,8 @@ class Line:
             OSError: The neighbour has ended, or has no such memory. What is there then means nothing.
         """
         _read(self._pid, address + start, target + start, stop - start)
-        if self.has_ended():
+        if self._end.poll(0):
             raise ConnectionError("its process has ended")
-
-    def has_ended(self) -> bool:
-        """Return whether the neighbour's process has."""
-        return bool(self._end.poll(0))
 
     def close(self) -> None:
         """Hang up. The neighbour still gets what it was told."""
@@ -215,13 +221,11 @@ def _tried(connection: socket.socket, card: Card) -> Line | None:
 def _read(pid: int, source: int, target: int, num_bytes: int) -> None:
     """Copy from another process's memory. ctypes frees Python's lock meanwhile."""
     assert _process_vm_readv is not None
-    _process_vm_readv.restype = ctypes.c_ssize_t
     done = 0
     while done < num_bytes:
         here = _IoVec(target + done, num_bytes - done)
         there = _IoVec(source + done, num_bytes - done)
-        one, no_flags = ctypes.c_ulong(1), ctypes.c_ulong(0)
-        count = _process_vm_readv(pid, ctypes.byref(here), one, ctypes.byref(there), one, no_flags)
+        count = _process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
         if count <= 0:
             error = ctypes.get_errno()
             raise OSError(error, f"process_vm_readv: {os.strerror(error)}")

@@ -12,14 +12,13 @@ others ended before it did, their launcher would take them for the cause.
 
 from __future__ import annotations
 
-import functools
 import os
 import select
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -66,10 +65,9 @@ class Wait:
     reading: _Reading
     transfer: _Transfer
     is_done: Callable[[], bool]
-    timeout: timedelta
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self.reading.wait(self.transfer, self.is_done, self.timeout if timeout is None else timeout)
+        self.reading.wait(self.transfer, self.is_done, timeout)
         return True
 
 
@@ -79,15 +77,14 @@ class Rows:
 
     reading: _Reading
     transfer: _Transfer
-    timeout: timedelta
 
     def arrival(self, stop: int) -> Wait:
         """Return the wait for the first ``stop`` bytes of the row from the neighbour."""
-        return Wait(self.reading, self.transfer, lambda: self.transfer.arrived_bytes >= stop, self.timeout)
+        return Wait(self.reading, self.transfer, lambda: self.transfer.arrived_bytes >= stop)
 
     def departure(self) -> Wait:
         """Return the wait until the neighbour has taken the row that is meant for it."""
-        return Wait(self.reading, self.transfer, lambda: self.transfer.outgoing is None, self.timeout)
+        return Wait(self.reading, self.transfer, lambda: self.transfer.outgoing is None)
 
 
 class Neighbours:
@@ -96,9 +93,8 @@ class Neighbours:
     def __init__(self, lines: Mapping[int, Line], timeout: timedelta) -> None:
         self.ranks = frozenset(lines)
         self._lines = lines
-        self._timeout = timeout
         self._numbers = dict.fromkeys(_KINDS, 0)
-        self._reading = _Reading(lines)
+        self._reading = _Reading(lines, timeout)
         # A daemon: whoever is interrupted while this rank is alone in waiting can end the program.
         thread = threading.Thread(target=self._reading.run, name="sharded_adamax reading", daemon=True)
         thread.start()
@@ -125,7 +121,7 @@ class Neighbours:
             # Where it fails, the thread that reads finds that out as well, and whoever waits is told.
             with suppress(OSError):
                 line.tell(_NOTICE.pack(_OFFER, key.kind, number, address, num_bytes))
-            rows[peer] = Rows(self._reading, transfer, self._timeout)
+            rows[peer] = Rows(self._reading, transfer)
         return rows
 
 
@@ -140,15 +136,22 @@ def _leave(reading: _Reading, thread: threading.Thread) -> None:
 class _Reading:
     """What the thread does, and what it shares with those who post and wait."""
 
-    def __init__(self, lines: Mapping[int, Line]) -> None:
+    def __init__(self, lines: Mapping[int, Line], timeout: timedelta) -> None:
         self._lines = lines
+        self._timeout = timeout
         self._wake = os.eventfd(0)
         self._stopping = False
+        # What the thread waits for; the one neighbour that a file number belongs to; whom it does not hear any more.
+        self._poll = select.poll()
+        self._connections = {line.connection: peer for peer, line in lines.items()}
+        self._processes = {line.process: peer for peer, line in lines.items()}
+        self._deaf_to: set[int] = set()
+        for fileno in (self._wake, *self._connections, *self._processes):
+            self._poll.register(fileno, select.POLLIN)
         # Guards all below, and is notified when a transfer gets on.
         self._changed = threading.Condition()
         self._transfers: dict[_Key, _Transfer] = {}
         self._offers: dict[_Key, tuple[int, int]] = {}  # address and bytes
-        self._mute: set[int] = set()  # what is left is to see its process end
         self._lost: dict[int, Exception] = {}
 
     def expect(self, key: _Key, transfer: _Transfer) -> None:
@@ -160,7 +163,8 @@ class _Reading:
         if offered:
             os.eventfd_write(self._wake, 1)
 
-    def wait(self, transfer: _Transfer, is_done: Callable[[], bool], timeout: timedelta) -> None:
+    def wait(self, transfer: _Transfer, is_done: Callable[[], bool], timeout: timedelta | None) -> None:
+        timeout = self._timeout if timeout is None else timeout
         with self._changed:
             self._changed.wait_for(lambda: is_done() or transfer.error is not None, timeout.total_seconds())
             if not is_done():
@@ -174,25 +178,21 @@ class _Reading:
         os.close(self._wake)
 
     def run(self) -> None:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        peers = {}
-        for peer, line in self._lines.items():
-            for fileno in line.filenos():
-                poll.register(fileno, select.POLLIN)
-                peers[fileno] = peer
         try:
             while not self._stopping:
-                ready = {fileno for fileno, _ in poll.poll()}
+                ready = {fileno for fileno, _ in self._poll.poll()}
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                for peer in {peers[fileno] for fileno in ready & peers.keys()}:
-                    self._try(peer, functools.partial(self._listen, peer))
-                for key in self._readable():
-                    self._try(key.peer, functools.partial(self._take, key))
-                for fileno in [fileno for fileno in peers if not self._has_news(peers[fileno], fileno)]:
-                    poll.unregister(fileno)
-                    del peers[fileno]
+                for fileno in ready & self._connections.keys():
+                    peer = self._connections[fileno]
+                    with self._while_heard(peer):
+                        self._listen(peer)
+                while (key := self._next_offer()) is not None:
+                    with self._while_heard(key.peer):
+                        self._take(key)
+                for fileno in ready & self._processes.keys():  # after its last words
+                    self._poll.unregister(fileno)
+                    self._lose(self._processes[fileno], ConnectionError("its process has ended"))
         except BaseException as error:
             for peer in self._lines:
                 self._lose(peer, RuntimeError(f"the thread that reads has failed: {error!r}"))
@@ -201,17 +201,15 @@ class _Reading:
             for line in self._lines.values():
                 line.close()
 
-    def _try(self, peer: int, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _while_heard(self, peer: int) -> Iterator[None]:
+        """Where something fails with a neighbour, what is left is to see the end of its process."""
         try:
-            action()
+            yield
         except OSError:
-            self._mute.add(peer)
-        if self._lines[peer].has_ended():
-            self._lose(peer, ConnectionError("its process has ended"))
-
-    def _has_news(self, peer: int, fileno: int) -> bool:
-        connection, _ = self._lines[peer].filenos()
-        return peer not in self._lost and not (peer in self._mute and fileno == connection)
+            if peer not in self._deaf_to:
+                self._deaf_to.add(peer)
+                self._poll.unregister(self._lines[peer].connection)
 
     def _listen(self, peer: int) -> None:
         for notice in self._lines[peer].notices(_NOTICE.size):
@@ -224,9 +222,10 @@ class _Reading:
                     self._transfers[key].outgoing = None
                     self._got_on(key)
 
-    def _readable(self) -> list[_Key]:
+    def _next_offer(self) -> _Key | None:
+        """Return an offer of a row that is expected here."""
         with self._changed:
-            return [key for key in self._offers if key in self._transfers]
+            return next((key for key in self._offers if key in self._transfers), None)
 
     def _take(self, key: _Key) -> None:
         line = self._lines[key.peer]
@@ -236,7 +235,8 @@ class _Reading:
         if num_bytes != transfer.num_bytes:
             self._lose(key.peer, RuntimeError(f"expected a row of {transfer.num_bytes} bytes, got one of {num_bytes}"))
             return
-        target = 0 if transfer.incoming is None else transfer.incoming.data_ptr()
+        assert transfer.incoming is not None
+        target = transfer.incoming.data_ptr()
         for start in range(0, num_bytes, PIECE_BYTES):
             stop = min(start + PIECE_BYTES, num_bytes)
             line.read(address, target, start, stop)

@@ -179,13 +179,21 @@ def test_no_memory_outlives_the_wait(ranks: Pool) -> None:
     ranks.run(3, _let_go)
 
 
-def _hang_up() -> None:
+def _is_reading() -> bool:
+    return "sharded_adamax reading" in [thread.name for thread in threading.enumerate()]
+
+
+def _hang_up(offers: bool) -> None:
     with _near() as group:
         assert group._neighbours is not None
-        group._neighbours._timeout = timedelta(seconds=1)
+        group._neighbours._reading._timeout = timedelta(seconds=1)
         if group.rank == 1:
+            abandoned = group.all_gather(torch.zeros(2 * ROW_NUMEL)) if offers else None
             group._neighbours.close()
+            dist.barrier()
+            del abandoned
             return
+        dist.barrier()
         pending = group.all_gather(torch.zeros(2 * ROW_NUMEL))
         before = time.process_time()
         with pytest.raises(LostRankError, match="nothing was heard of it within 0:00:01") as caught:
@@ -193,17 +201,19 @@ def _hang_up() -> None:
         assert time.process_time() - before < 0.5, "the thread that reads does not rest"
         assert caught.value.lost == (1,)
         assert pending.missing() == [1]
+        assert _is_reading()
 
 
-def test_a_neighbour_that_hangs_up_is_named_when_the_timeout_is_over(ranks: Pool) -> None:
-    ranks.run(2, _hang_up)
+@pytest.mark.parametrize("offers", [False, True])
+def test_a_neighbour_that_hangs_up_is_named_when_the_timeout_is_over(ranks: Pool, offers: bool) -> None:
+    ranks.run(2, _hang_up, offers)
 
 
 def _abandon(with_child: bool) -> None:
     """Rank 1 takes the row of rank 0 and lets its own memory go, while rank 0 is reading it."""
     with _near() as group:
         assert group._neighbours is not None
-        group._neighbours._timeout = timedelta(seconds=1)
+        group._neighbours._reading._timeout = timedelta(seconds=1)
         reading = group._neighbours._reading
         store = dist.distributed_c10d._get_default_store()
         if group.rank == 1:
@@ -241,9 +251,15 @@ def test_what_was_read_from_a_neighbour_that_has_let_go_meanwhile_does_not_count
 
 def _disagree() -> None:
     with _near() as group:
+        assert group._neighbours is not None
         numel = 2 * (1000 + group.rank)
-        with pytest.raises(LostRankError, match=r"expected a row of \d+ bytes, got one of \d+"):
-            group.all_gather(torch.zeros(numel)).wait("a test")
+        with group._neighbours._reading._changed:  # the thread finds both at once
+            pending = [group.all_gather(torch.zeros(numel)) for _ in range(2)]
+            dist.barrier()
+        for each in pending:
+            with pytest.raises(LostRankError, match=r"expected a row of \d+ bytes, got one of \d+"):
+                each.wait("a test")
+        assert _is_reading()
 
 
 def test_rows_of_different_sizes_are_refused_not_read(ranks: Pool) -> None:
