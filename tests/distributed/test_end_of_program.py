@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sharded_adamax.collectives.lines import SWITCH
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.programs import run_ranks
 
 # See [Note: the end of a program]. Ends in the moment in which gloo's thread holds what it was lent and waits for
 # Python's lock, which by the switch interval is the main thread's until that gives it up by itself. The other rank,
@@ -71,32 +67,19 @@ if rank == 0:
 
 
 @pytest.mark.parametrize("switch", ["1", "0"], ids=["reading", "messages"])
-def test_a_rank_that_ends_after_its_last_step_has_given_the_others_its_shard(tmp_path: Path, switch: str) -> None:
-    (output, errors), (_, others) = _run(LATE, tmp_path, environment={SWITCH: switch})
-    assert not errors and not others
+def test_a_rank_that_ends_after_its_last_step_has_given_the_others_its_shard(
+    tmp_path: Path, switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, switch)
+    first, second = run_ranks(LATE, tmp_path)
+    assert first.status == second.status == 0, (first, second)
+    assert not first.errors and not second.errors
     # The first step of Adamax is lr times the sign of the gradient.
-    assert output.strip() == str([[0.25]] * 4)
+    assert first.output.strip() == str([[0.25]] * 4)
 
 
 @pytest.mark.parametrize("kind", ["vote", "objects"])
 def test_a_rank_that_ends_while_gloo_holds_its_tensors_does_not_abort(tmp_path: Path, kind: str) -> None:
-    outputs = _run(JOB, tmp_path, kind)
-    assert any("caught" in output for output, _ in outputs), "no rank ended in that moment: nothing was tried"
-
-
-def _run(
-    program: str, tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None
-) -> list[tuple[str, str]]:
-    """Return what each rank wrote; all end well."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(tmp_path / "store"), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, cwd=ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=50) for process in processes]
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (rank, outputs[rank])
-    return outputs
+    ranks = run_ranks(JOB, tmp_path, kind)
+    assert any("caught" in rank.output for rank in ranks), "no rank ended in that moment: nothing was tried"
+    assert [rank.status for rank in ranks] == [0, 0], ranks

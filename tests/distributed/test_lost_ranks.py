@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,18 +14,18 @@ from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives.lines import SWITCH
 from tests.distributed.pool import Pool
 from tests.distributed.problems import backward, gradient, make_params
+from tests.distributed.programs import Ended, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 LOST_AT_STEP = 3
 
-# Run as a job of its own, because the pool's processes are to live on. Arguments: rank, world size, store, how.
+# Run as a job of its own, because the pool's processes are to live on. Arguments: rank, store, world size, how.
 JOB = """
 import datetime, os, signal, sys, time
 import torch, torch.distributed as dist
 from sharded_adamax import ShardedAdamax
 from tests.distributed.problems import backward, local_gradients, make_params
 
-rank, world_size, store, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+rank, store, world_size, how = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
 timeout = datetime.timedelta(seconds=5 if how == "hangs" else 60)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
@@ -66,26 +62,8 @@ for step in range(1, 6):
 """.replace("LOST_AT_STEP", str(LOST_AT_STEP))
 
 
-def _run_job(tmp_path: Path, how: str, world_size: int) -> list[tuple[int, str, float]]:
-    """Return exit status, what was written to stderr and the seconds it took, by rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, str(rank), str(world_size), str(tmp_path / "store"), how],
-            stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    results = []
-    started = time.monotonic()
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=50)
-            results.append((process.returncode, errors, time.monotonic() - started))
-    finally:
-        for process in processes:
-            process.kill()
-    return results
+def _run_job(tmp_path: Path, how: str, world_size: int) -> list[Ended]:
+    return run_ranks(JOB, tmp_path, str(world_size), how, world_size=world_size)
 
 
 @pytest.fixture(params=["1", "0"], ids=["reading", "messages"])
@@ -101,10 +79,10 @@ WHERE = r"(the vote of|the (reduce-scatter|all-gather) of bucket \d,) step"
 @pytest.mark.parametrize(("how", "world_size"), [("in backward", 3), ("before step", 2), ("dies", 3)])
 def test_the_others_stop_at_once_and_name_the_rank_and_the_step(tmp_path: Path, how: str, world_size: int) -> None:
     results = _run_job(tmp_path, how, world_size)
-    assert results[1][0] == (-signal.SIGKILL if how == "dies" else 1), results[1]
+    assert results[1].status == (-signal.SIGKILL if how == "dies" else 1), results[1]
     culprits = []
     for rank in set(range(world_size)) - {1}:
-        status, errors, _ = results[rank]
+        status, _, errors = results[rank]
         assert status == 1, (status, errors)  # an exception, not SIGABRT
         last = errors.strip().splitlines()[-1]
         found = re.search(
@@ -137,20 +115,16 @@ except RuntimeError:
 
 
 def test_a_message_that_cannot_even_be_posted_names_the_rank_when_it_is_waited_for(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [[sys.executable, "-c", GONE, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    other = subprocess.Popen(arguments[1], env=environment, cwd=ROOT)
-    result = subprocess.run(arguments[0], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert other.wait(timeout=50) == 0
-    assert "missing: [1]" in result.stderr, result.stderr
-    assert "LostRankError: rank 0 waited in vain for rank 1 in the reduce-scatter of bucket 0" in result.stderr
+    first, other = run_ranks(GONE, tmp_path)
+    assert other.status == 0
+    assert "missing: [1]" in first.errors, first
+    assert "LostRankError: rank 0 waited in vain for rank 1 in the reduce-scatter of bucket 0" in first.errors
 
 
 @pytest.mark.usefixtures("_by")
 def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_path: Path) -> None:
-    results = _run_job(tmp_path, "dies with gathers to come", 2)
-    status, errors, _ = results[0]
-    assert results[1][0] == -signal.SIGKILL
+    (status, _, errors), other = _run_job(tmp_path, "dies with gathers to come", 2)
+    assert other.status == -signal.SIGKILL
     assert status == 1, (status, errors)
     looks = re.findall(r"look (\d): rank 0 waited in vain for rank 1 in the all-gather of bucket \d, step 3\.", errors)
     assert looks == ["4", "4", "7"], errors
@@ -159,7 +133,7 @@ def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_
 
 @pytest.mark.usefixtures("_by")
 def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> None:
-    status, errors, _ = _run_job(tmp_path, "hangs", 2)[0]
+    status, _, errors = _run_job(tmp_path, "hangs", 2)[0]
     assert status == 1, (status, errors)
     last = errors.strip().splitlines()[-1]
     assert re.search(rf"rank 0 waited in vain for rank 1 in {WHERE} {LOST_AT_STEP}\.", last), errors

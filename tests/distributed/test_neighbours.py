@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -27,8 +25,8 @@ from sharded_adamax.collectives import GlooGroup, control_plane, lines
 from sharded_adamax.pending import LostRankError
 from tests.distributed.pool import Pool
 from tests.distributed.problems import assert_same_bits
+from tests.distributed.programs import start_rank
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 20
 ROW_NUMEL = 5 << 18  # 5 MiB: several pieces
 
@@ -297,14 +295,7 @@ print("rests" if time.process_time() - before < 0.5 else "does not rest")
 
 
 def test_a_killed_neighbour_is_noticed_though_a_child_of_it_lives(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    survivor, victim = (
-        subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for rank in range(2)
-    )  # fmt: skip
+    survivor, victim = (start_rank(KILLED, rank, tmp_path) for rank in range(2))
     assert victim.stdout is not None
     child = int(victim.stdout.readline())
     try:
