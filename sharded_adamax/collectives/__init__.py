@@ -7,8 +7,8 @@ CPU group over the same ranks is made: the two planes are not in the same order 
 launches its bucket after the vote), and only gloo matches collectives by kind and not by their order.
 
 `control.py` has the control plane, `groups.py` the data plane over any backend and in a world of one, `gloo.py` that
-over gloo, `traffic.py` what both count, `objects.py` picklable objects as bytes, `loans.py` what torch.distributed may
-still hold when the program ends.
+over gloo, with `neighbours.py` and, below it, `lines.py` for the ranks of one host; `traffic.py` what both planes
+count, `objects.py` picklable objects as bytes, `loans.py` what torch.distributed may still hold when the program ends.
 """
 
 from __future__ import annotations

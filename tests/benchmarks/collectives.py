@@ -3,9 +3,9 @@
     python -m tests.benchmarks.collectives --ranks 2 4 --mib 64 --mbit 200 1000 5000 --json collectives.json
 
 On this machine the ranks are started by mpirun and MPI takes part; ours reads the memory of the other ranks, and once
-more without that, by messages. Over links of a given rate each rank is on a host of
-its own (tests/benchmarks/links.py, needs root). A time is that of the slowest rank. The wire's time is what one rank
-sends, which is also what it receives, divided by the rate: no headers, nothing else to do.
+more without that, by messages. Over links of a given rate each rank is on a host of its own (tests/benchmarks/links.py,
+needs root). A time is that of the slowest rank. The wire's time is what one rank sends, which is also what it receives,
+divided by the rate: no headers, nothing else to do.
 """
 
 from __future__ import annotations
