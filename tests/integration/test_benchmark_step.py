@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from sharded_adamax.collectives.lines import SWITCH
-from tests.benchmarks.contenders import COMPUTE, DDP, OURS
+from tests.benchmarks.contenders import COMPUTE, DDP, OURS, ZERO
+from tests.benchmarks.scene import LOSS_TOLERANCE, Scene
+from tests.benchmarks.teams import Block
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--context=8", "--width=32", "--layers=1", "--heads=2", "--table-rows=8", "--batch=2", "--bucket-mib=0.02"]
@@ -52,3 +54,23 @@ def test_the_benchmark_of_the_step_reports_time_bytes_and_memory(tmp_path: Path)
     for world in ("1 rank", "2 ranks"):
         assert len(written[f"backward: 20 parameters of 512 elements, {world}"]["rows"]) == 3
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("loss", [1 + 2 * LOSS_TOLERANCE, float("nan")])
+def test_a_contender_that_trains_in_another_way_has_no_figures(loss: float) -> None:
+    scene = Scene(ranks=2, rate_mbit=None)
+
+    def train(name: str, *losses: float) -> None:
+        by_rank = [Block(seconds=1, cpu_seconds=1, sent_bytes=0, losses=[one]) for one in losses]
+        scene.blocks[name] = [by_rank]
+
+    train(COMPUTE, 3, 3)
+    train(OURS, 1, 1 + LOSS_TOLERANCE)
+    train(DDP, 1, 1)
+    train(ZERO, 1, 1 + 2 * (loss - 1))  # the mean over the ranks counts
+    scene.check()
+    assert list(scene.blocks) == [COMPUTE, OURS, DDP]
+    assert scene.left_out.keys() == {ZERO} and "does not train as DDP + Adamax does" in scene.left_out[ZERO]
+    train(OURS, 1, 1 + 2 * (loss - 1))
+    with pytest.raises(RuntimeError, match=r"^ours does not train as"):
+        scene.check()
