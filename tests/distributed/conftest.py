@@ -80,16 +80,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    over = getattr(request, "param", None) or request.config.getoption("over", default=None)
-    pool = POOLS[over or "gloo"]()
-    yield pool
-    pool.close()
+def _pools() -> Iterator[dict[str, Pool]]:
+    """All of them to the end: pytest would close and start one wherever the parameter of `ranks` changes."""
+    pools = {over: make() for over, make in POOLS.items()}
+    yield pools
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session")
-def mpi_ranks() -> Iterator[Pool]:
+def ranks(request: pytest.FixtureRequest, _pools: dict[str, Pool]) -> Pool:
+    over = getattr(request, "param", None) or request.config.getoption("over", default=None)
+    return _pools[over or "gloo"]
+
+
+@pytest.fixture(scope="session")
+def mpi_ranks(_pools: dict[str, Pool]) -> Pool:
     """For the tests of the MPI backend itself."""
-    pool = MpiPool()
-    yield pool
-    pool.close()
+    return _pools["mpi"]

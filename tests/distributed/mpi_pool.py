@@ -46,24 +46,28 @@ class _Mpirun:
 class MpiPool(Pool):
     """``run`` as in `Pool`; a rank that dies takes the others with it, as under any mpirun."""
 
+    def __init__(self, num_ranks: int = MAX_RANKS) -> None:
+        super().__init__()
+        self._num_ranks = num_ranks
+
     def _start_workers(self, world_size: int) -> None:
         if self._workers and not self._workers[0][0].is_alive():
             self.close()  # a test has killed a rank
         if self._workers:
             return
         with Listener(family="AF_UNIX") as listener:
-            command = [str(MPIRUN), "-n", str(MAX_RANKS), sys.executable, "-m", __name__, str(listener.address)]
+            command = [str(MPIRUN), "-n", str(self._num_ranks), sys.executable, "-m", __name__, str(listener.address)]
             mpirun = _Mpirun(command)
             listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]
             connections: dict[int, Connection] = {}
             try:
-                while len(connections) < MAX_RANKS:
+                while len(connections) < self._num_ranks:
                     connection = listener.accept()
                     connections[connection.recv()] = connection
             except OSError as error:
                 mpirun.kill()
-                raise RankFailed(f"mpirun started {len(connections)} of {MAX_RANKS} workers: {error}") from error
-        self._workers = [(mpirun, connections[rank]) for rank in range(MAX_RANKS)]
+                raise RankFailed(f"mpirun started {len(connections)} of {self._num_ranks} workers: {error}") from error
+        self._workers = [(mpirun, connections[rank]) for rank in range(self._num_ranks)]
 
 
 def main() -> None:

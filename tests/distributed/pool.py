@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 MAX_RANKS = 5
 
@@ -77,12 +77,17 @@ class Worker(Protocol):
 class Pool:
     """``run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks of a fresh process group.
 
-    ``environment`` is added to that of the ranks.
+    ``environment`` is added to that of the ranks. They are forked by a process that has imported torch, which takes
+    seconds; with ``method="spawn"`` each begins by itself, for what is read from the environment only then.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, *, method: Literal["forkserver", "spawn"] = "forkserver"
+    ) -> None:
         self._environment = environment or {}
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context(method)
+        # The second is imported by the first step of an optimizer otherwise. Where nothing is forked it is not read.
+        self._context.set_forkserver_preload(["torch", "torch._dynamo"])
         self._workers: list[tuple[Worker, Connection]] = []
         self._directory = tempfile.TemporaryDirectory()
         self._num_runs = 0

@@ -173,7 +173,7 @@ def _memory(root: str) -> tuple[Growth, Growth, Growth]:
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """Processes that give freed tensors back to the kernel and have held none before."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(MIB // 4))
-    pool = Pool()
+    pool = Pool(method="spawn")
     yield pool
     pool.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,13 +78,9 @@ def _build_differently(difference: str) -> None:
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_building_with_a_difference_raises_the_same_error_on_every_rank(ranks: Pool, difference: str) -> None:
-    started = time.monotonic()
     failures = ranks.run_expecting_failures(3, _build_differently, difference, timeout_s=20)
-    assert time.monotonic() - started < 20
     assert len({failure.message for failure in failures}) == 1
     assert {failure.type_name for failure in failures} == {"ValueError"}
-    import re
-
     assert re.search(DIFFERENCES[difference][1], failures[0].message), failures[0].message
 
 

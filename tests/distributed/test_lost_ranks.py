@@ -14,7 +14,7 @@ from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives.lines import SWITCH
 from tests.distributed.pool import Pool
 from tests.distributed.problems import backward, gradient, make_params
-from tests.distributed.programs import Ended, run_ranks
+from tests.distributed.programs import TIMEOUT_SECONDS, Ended, run_ranks, start_rank
 
 LOST_AT_STEP = 3
 
@@ -45,7 +45,7 @@ for step in range(1, 6):
             backward(params, local_gradients(step, params))
             raise ValueError("a bad batch")
         elif how == "hangs":
-            time.sleep(12)
+            time.sleep(600)
         elif how == "dies with gathers to come":
             optimizer._engine.gathering.updated = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     backward(params, local_gradients(step, params))
@@ -133,8 +133,14 @@ def test_with_overlap_whoever_looks_at_a_parameter_that_never_comes_is_told(tmp_
 
 @pytest.mark.usefixtures("_by")
 def test_a_rank_that_hangs_is_named_when_the_timeout_is_over(tmp_path: Path) -> None:
-    status, _, errors = _run_job(tmp_path, "hangs", 2)[0]
-    assert status == 1, (status, errors)
+    with start_rank(JOB, 0, tmp_path, "2", "hangs") as waiting, start_rank(JOB, 1, tmp_path, "2", "hangs") as hanging:
+        try:
+            _, errors = waiting.communicate(timeout=TIMEOUT_SECONDS)
+            assert hanging.poll() is None
+        finally:
+            waiting.kill()
+            hanging.kill()
+    assert waiting.returncode == 1, (waiting.returncode, errors)
     last = errors.strip().splitlines()[-1]
     assert re.search(rf"rank 0 waited in vain for rank 1 in {WHERE} {LOST_AT_STEP}\.", last), errors
 

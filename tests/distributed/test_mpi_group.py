@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_adamax import ShardedAdamax
 from sharded_adamax.collectives import ProcessGroup, data_plane
 from sharded_adamax.pending import LostRankError
+from tests.distributed.mpi_pool import MpiPool
 from tests.distributed.pool import Pool
 from tests.distributed.problems import assert_same_bits, backward, local_gradients, make_params
 
@@ -364,7 +365,7 @@ def _echoes() -> None:
 
 
 def test_a_wait_in_vain_is_an_echo_of_what_the_lost_rank_has_to_say() -> None:
-    pool = _own_pool()
+    pool = MpiPool(num_ranks=2)  # its threads wait, and turn, for ever
     try:
         pool.run(2, _echoes)
     finally:
@@ -392,16 +393,9 @@ def test_a_wait_ends_when_its_time_is_over(mpi_ranks: Pool) -> None:
 
 
 def test_a_rank_that_leaves_is_noticed_by_those_that_wait_for_it() -> None:
-    pool = _own_pool()
+    pool = MpiPool(num_ranks=3)  # its threads wait, and turn, for ever
     try:
         seconds = pool.run(3, _alone)
     finally:
         pool.close()
     assert seconds[1] == 0 and all(0 < seconds[rank] < 10 for rank in (0, 2))
-
-
-def _own_pool() -> Pool:
-    """A pool for a test that leaves threads behind which wait, and turn, for ever."""
-    from tests.distributed.mpi_pool import MpiPool
-
-    return MpiPool()
